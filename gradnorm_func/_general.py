@@ -1,0 +1,69 @@
+"""The general engine: per-task gradients of any loss_fn, one pullback under vmap over the T basis cotangents.
+
+Correct for everything, but each of the T cotangents runs through every head, zero or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vjp
+
+from gradnorm_func import _tree
+from gradnorm_func._engine import AuxBox, Measured, Plan, pull_all, quiet, row_norms, split_aux
+from gradnorm_func._loss import LossFn, task_vector
+
+
+def general(loss_fn: LossFn, params: Any, batch: Any, plan: Plan) -> Measured:
+    """All that `plan` asks for, of any loss_fn."""
+    leaves, treedef = _tree.flatten(params)
+    at = plan.at if plan.at is not None else list(range(len(leaves)))
+    box, shape = AuxBox(), AuxBox()
+
+    def evaluate(all_leaves: list[Tensor]) -> tuple[Tensor, Any]:
+        losses, aux = split_aux(loss_fn(_tree.unflatten(treedef, all_leaves), batch), plan.has_aux)
+        return task_vector(losses), (shape.strip(losses), box.strip(aux))
+
+    def jacobian(pull_w: Callable[[Tensor], Any], vector: Tensor) -> list[Tensor]:
+        eye = torch.eye(vector.shape[0], dtype=vector.dtype, device=vector.device)
+        return list(pull_all(pull_w, eye, plan)[0])
+
+    def at_w(all_leaves: list[Tensor]) -> tuple[Tensor, Any]:
+        """The losses as a function of everything, and as aux their Jacobian with respect to W alone."""
+        vector, pull_w, aux = vjp(
+            lambda w: evaluate(_tree.replace(all_leaves, at, w)), [all_leaves[i] for i in at], has_aux=True
+        )
+        with silence():
+            task_grads = jacobian(pull_w, vector)
+        return vector, (task_grads, aux)
+
+    silence = quiet()
+    with silence():
+        task_grads: list[Tensor] = []
+        grads: Any = ()
+        if not plan.norms:
+            vector, pull, kept = vjp(evaluate, leaves, has_aux=True)
+        elif plan.weights is None or len(at) == len(leaves):
+            vector, pull, kept = vjp(
+                lambda w: evaluate(_tree.replace(leaves, at, w)), [leaves[i] for i in at], has_aux=True
+            )
+            task_grads = jacobian(pull, vector)
+        else:
+            vector, pull, (task_grads, kept) = vjp(at_w, leaves, has_aux=True)
+        norms: Any = ()
+        if plan.norms:
+            norms = row_norms(task_grads)
+        if plan.weights is not None:
+            weights = plan.weights(vector, norms, ()) if callable(plan.weights) else plan.weights
+            weights = weights.to(vector.dtype)
+            if plan.norms and len(at) == len(leaves):  # the rows are there already: Σ w_i ∇L_i without a backward
+                grads = [torch.tensordot(weights.to(rows.dtype), rows, 1) for rows in task_grads]
+            else:
+                grads = list(pull(weights)[0])
+    structure, aux_tensors = kept
+    return Measured(
+        shape.fill(structure), vector, norms, (), task_grads if plan.task_grads else (), grads, box.fill(aux_tensors)
+    )

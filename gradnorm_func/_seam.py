@@ -1,0 +1,293 @@
+"""The seam engine: per-task gradients of a `multi_task_loss` from one ordinary backward pass.
+
+Each head gets its own copy of the representation z as a differentiation input, so the backward pass through the
+heads yields every ∂L_i/∂z separately; their weighted sum goes on into the backbone. Norms at z are then free, and
+norms at W need T pullbacks from z to W alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.func import vjp
+
+from gradnorm_func import _linear, _ownership, _tree
+from gradnorm_func._engine import AuxBox, Measured, Plan, pull_all, quiet, row_norms, split_aux
+from gradnorm_func._loss import MultiTaskLoss, SharedLinear, StackedHeads, task_vector
+
+# One leaf of z for all tasks: T tensors, or one (T, ...) tensor where the heads are stacked.
+PerTask: TypeAlias = list[Tensor] | Tensor
+
+
+def seam(loss: MultiTaskLoss, params: Any, batch: Any, plan: Plan) -> Measured:
+    """All that `plan` asks for, of a loss with a backbone."""
+    leaves, treedef = _tree.flatten(params)
+    everything = list(range(len(leaves)))
+    if torch.compiler.is_compiling() or _tree.inside_transform():
+        # A compiler drops the zeros by itself, and under a transform every leaf may require grad anyway.
+        return _Pass(loss, batch, plan, leaves, treedef, everything, everything, leaves).run()[0]
+    leaves = [leaf.detach() for leaf in leaves]
+    by_shared, by_heads = loss.ownership.get(treedef, (everything, everything))
+    partial = len(by_shared) + len(by_heads) < 2 * len(leaves)
+    constants = _ownership.tripwires(leaves) if partial else leaves
+    this = _Pass(loss, batch, plan, leaves, treedef, by_shared, by_heads, constants)
+    measured, tripped = this.run()
+    if tripped:  # a part read a leaf that it used not to read: from now on it is asked about all of them
+        loss.ownership[treedef] = (everything, everything)
+        return seam(loss, params, batch, plan)
+    if treedef not in loss.ownership:
+        unread = set(everything) - this.read_by_shared - this.read_by_heads
+        loss.ownership[treedef] = (sorted(this.read_by_shared | unread), sorted(this.read_by_heads | unread))
+    return measured
+
+
+class _Crossing(NamedTuple):
+    """What is known once the heads have been run back to z: tensors only."""
+
+    vector: Tensor  # (T,) losses
+    norms: Any  # (T,) at W
+    example_norms: Any  # (T,), at z
+    task_grads: list[Tensor]  # leaves of W, each (T, ...)
+    z_total: list[Tensor]  # leaves of Σ w_i ∂L_i/∂z
+    head_grads: list[Tensor]  # Σ w_i ∂L_i/∂θ, for the leaves that the heads own
+    w_grads: list[Tensor]  # Σ w_i ∂L_i/∂W not by way of z, where heads read W themselves
+    aux: list[Tensor]
+
+
+class _Pass:
+    """One pass over one batch: shared part, heads, what lies between, and the way back."""
+
+    def __init__(
+        self,
+        loss: MultiTaskLoss,
+        batch: Any,
+        plan: Plan,
+        leaves: list[Tensor],
+        treedef: Any,
+        by_shared: list[int],
+        by_heads: list[int],
+        constants: list[Tensor],
+    ) -> None:
+        self.loss, self.batch, self.plan, self.leaves, self.treedef = loss, batch, plan, leaves, treedef
+        self.by_shared, self.by_heads, self.constants = by_shared, by_heads, constants
+        self.quiet = quiet()
+        self.plain = not (torch.compiler.is_compiling() or _tree.inside_transform())
+        self.watching = constants is not leaves
+        self.read_by_shared: set[int] = set()
+        self.read_by_heads: set[int] = set()
+        self.shared_box, self.heads_box = AuxBox(), AuxBox()
+        self.z_treedef: Any = None
+        self.wanted = self._linear_leaves()
+        # W, if it is neither z nor the layer of a `shared_linear`. Heads that may read it get a copy of it each.
+        self.at = list(plan.at or []) if plan.norms and self.wanted is None else []
+        if isinstance(loss.heads, StackedHeads):  # a stacked head sees its own parameters only
+            self.direct: list[int] = []
+            self.heads_own = _tree.select(_tree.unflatten(treedef, leaves), loss.heads.path)
+        else:
+            self.direct = [i for i in self.at if i in by_heads]
+            self.heads_own = [i for i in by_heads if i not in self.direct]
+
+    def run(self) -> tuple[Measured, bool]:
+        """What was measured, and whether a part read a leaf that it is not known to read."""
+        plan = self.plan
+        own = [self.leaves[i] for i in self.by_shared]
+        pull: Callable[..., Any] | None = None
+        with self.quiet():
+            if not self.at:
+                z, pull, (layer, shared_aux) = self._vjp(self._shared, own)
+                crossing = self._cross(z, layer, None)
+            elif plan.weights is None:
+                z, (crossing, shared_aux) = self._z_of_w(own)
+            else:
+                z, pull, (crossing, shared_aux) = self._vjp(self._z_of_w, own)
+            grads: Any = ()
+            if plan.weights is not None and pull is not None:
+                grads = self._assemble(crossing, list(pull(crossing.z_total)[0]))
+        tripped = self.watching and any(leaf.requires_grad for leaf in (*z, crossing.vector))
+        vector, treedef = crossing.vector, self.loss.head_list()[1]
+        stacked = isinstance(self.loss.heads, StackedHeads)
+        losses = vector if stacked else _tree.unflatten(treedef, list(vector.unbind()))
+        aux = (self.shared_box.fill(shared_aux), self.heads_box.fill(crossing.aux)) if plan.has_aux else ()
+        measured = Measured(
+            losses, vector, crossing.norms, crossing.example_norms, crossing.task_grads, grads, aux, self.z_treedef
+        )
+        return measured, tripped
+
+    def _vjp(self, fn: Callable[..., Any], *primals: Any) -> Any:
+        """vjp with aux; when watching, a tripwire that is read makes what comes out require grad."""
+        with torch.enable_grad() if self.watching else nullcontext():
+            return vjp(fn, *primals, has_aux=True)
+
+    def _shared(self, own: list[Tensor]) -> tuple[list[Tensor], Any]:
+        """Leaves of z; as aux (h, y) of a `shared_linear` and the tensors of the user's aux."""
+        return self._shared_at(_tree.replace(self.constants, self.by_shared, own))
+
+    def _shared_at(self, leaves: list[Tensor]) -> tuple[list[Tensor], Any]:
+        z, layer, aux = self.loss.shared(_tree.unflatten(self.treedef, leaves), self.batch)
+        z_leaves, self.z_treedef = _tree.flatten(z)
+        for leaf in z_leaves:
+            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+                raise ValueError(f"the backbone returned {type(leaf).__name__}; z must be floating-point tensors only")
+        if self.plain and not self.watching:
+            self.read_by_shared |= _ownership.read_by(z_leaves, leaves)
+        return z_leaves, (list(layer), self.shared_box.strip(aux))
+
+    def _z_of_w(self, own: list[Tensor]) -> tuple[list[Tensor], Any]:
+        """z as a function of what the trunk owns; inside it, z as a function of W alone."""
+        base = _tree.replace(self.constants, self.by_shared, own)
+        z, pull_w, (layer, aux) = self._vjp(
+            lambda w: self._shared_at(_tree.replace(base, self.at, w)), [base[i] for i in self.at]
+        )
+        if self.plain and not self.watching:
+            self.read_by_shared |= _ownership.read_by(z, base)
+        with self.quiet():
+            return z, (self._cross(z, layer, pull_w), aux)
+
+    def _heads(self, z: list[Tensor]) -> tuple[Tensor, Callable[..., Any], list[Tensor]]:
+        """T separate heads: losses, pullback, aux."""
+        heads, treedef = self.loss.head_list()
+
+        def run(own: list[Tensor], copies: list[list[Tensor]], ws: list[list[Tensor]]) -> tuple[Tensor, Any]:
+            base, outs = _tree.replace(self.constants, self.heads_own, own), []
+            for head, z_copy, w in zip(heads, copies, ws, strict=True):
+                params = _tree.unflatten(self.treedef, _tree.replace(base, self.direct, w))
+                out = head(params, _tree.unflatten(self.z_treedef, z_copy), self.batch)
+                outs.append(split_aux(out, self.plan.has_aux, "a head"))
+            vector = task_vector(_tree.unflatten(treedef, [loss for loss, _ in outs]))
+            if self.plain and not self.watching:
+                for w in ws:
+                    self.read_by_heads |= _ownership.read_by([vector], _tree.replace(base, self.direct, w))
+            return vector, self.heads_box.strip(_tree.unflatten(treedef, [aux for _, aux in outs]))
+
+        w = [self.leaves[i] for i in self.direct]
+        count = len(heads)
+        vector, pull, aux = self._vjp(run, [self.leaves[i] for i in self.heads_own], [z] * count, [w] * count)
+
+        def pull_heads(cotangents: Tensor) -> tuple[list[Tensor], list[PerTask], list[Tensor]]:
+            own, copies, ws = pull(cotangents)
+            return own, [list(leaf) for leaf in zip(*copies, strict=True)], [torch.stack(w) for w in zip(*ws, strict=True)]
+
+        return vector, pull_heads, aux
+
+    def _stacked(self, z: list[Tensor], heads: StackedHeads) -> tuple[Tensor, Callable[..., Any], list[Tensor]]:
+        """T heads of one architecture, under vmap."""
+
+        def run(own: list[Tensor], copies: list[Tensor]) -> tuple[Tensor, Any]:
+            params = _tree.unflatten(self.treedef, _tree.replace(self.constants, self.heads_own, own))
+            mapped = heads.mapped(0)
+            out = mapped(_tree.subtree(params, heads.path), _tree.unflatten(self.z_treedef, copies), self.batch)
+            losses, aux = split_aux(out, self.plan.has_aux, "a head")
+            self.read_by_heads.update(self.heads_own)
+            return task_vector(losses), self.heads_box.strip(aux)
+
+        own = [self.leaves[i] for i in self.heads_own]
+        copies = [leaf.expand(own[0].shape[0], *leaf.shape) for leaf in z]
+        vector, pull, aux = self._vjp(run, own, copies)
+        return vector, lambda cotangents: (*pull(cotangents), []), aux
+
+    def _cross(self, z: list[Tensor], layer: list[Tensor], pull_w: Callable[..., Any] | None) -> _Crossing:
+        """Through the heads and back to z; the norms at W; the weights; the sum that goes on into the trunk."""
+        plan, heads = self.plan, self.loss.heads
+        if self.plain:
+            z = [leaf.detach() for leaf in z]
+        vector, pull_heads, aux = self._stacked(z, heads) if isinstance(heads, StackedHeads) else self._heads(z)
+        scale = plan.weights.to(vector.dtype) if isinstance(plan.weights, Tensor) else torch.ones_like(vector)
+        head_grads, z_grads, direct = pull_heads(scale)
+        norms: Any = ()
+        example_norms: Any = ()
+        task_grads: list[Tensor] = []
+        if pull_w is not None:
+            task_grads = list(pull_all(pull_w, [_stack(leaf) for leaf in z_grads], plan)[0])
+            for i, grad in zip(self.direct, direct, strict=True):
+                task_grads[self.at.index(i)] = task_grads[self.at.index(i)] + grad
+            norms = row_norms(task_grads)
+        elif plan.norms and self.wanted is not None:
+            assert isinstance(self.loss.last_shared, SharedLinear)
+            y_grads = _linear.before_activation(self.loss.last_shared, layer[1], _stack(z_grads[0]))
+            if plan.task_grads:
+                task_grads = _linear.gradients(layer[0], y_grads, self.wanted)
+                norms = row_norms(task_grads)
+            else:
+                norms = _linear.norms(layer[0], y_grads, self.wanted)
+        elif plan.norms:
+            norms, example_norms = _norms_at_z(z_grads)
+            task_grads = [_stack(leaf) for leaf in z_grads] if plan.task_grads else []
+        if isinstance(plan.weights, Tensor) and plan.norms:  # undo the weights that the cotangents carried
+            size = scale.abs().to(norms.dtype)
+            norms = norms / size
+            example_norms = example_norms / size if isinstance(example_norms, Tensor) else ()
+            task_grads = [grad / _as_column(scale, grad) for grad in task_grads]
+        elif callable(plan.weights):
+            scale = plan.weights(vector, norms, example_norms).to(vector.dtype)
+            z_grads = [_scaled(leaf, scale) for leaf in z_grads]
+            head_grads, _, direct = pull_heads(scale)
+        z_total = [] if plan.weights is None else [_total(leaf) for leaf in z_grads]
+        w_grads = [grad.sum(0) for grad in direct]
+        return _Crossing(vector, norms, example_norms, task_grads, z_total, head_grads, w_grads, aux)
+
+    def _assemble(self, crossing: _Crossing, trunk_grads: list[Tensor]) -> list[Tensor]:
+        """∇ Σ w_i L_i, leaf by leaf: what came through the trunk, plus what the heads found themselves."""
+        grads: dict[int, Tensor] = {}
+        for indices, found in (
+            (self.by_shared, trunk_grads),
+            (self.heads_own, crossing.head_grads),
+            (self.direct, crossing.w_grads),
+        ):
+            for i, grad in zip(indices, found, strict=True):
+                grads[i] = grads[i] + grad if i in grads else grad
+        return [grads[i] for i in range(len(self.leaves))]
+
+    def _linear_leaves(self) -> tuple[bool, bool] | None:
+        """Whether W is the weight and the bias of the `shared_linear`; None if it is anything else."""
+        layer, at = self.loss.last_shared, self.plan.at
+        if at is None or not isinstance(layer, SharedLinear):
+            return None
+        names = _tree.paths(_tree.unflatten(self.treedef, self.leaves))
+        chosen = {names[i] for i in at}
+        if not chosen <= {layer.weight, layer.bias}:
+            return None
+        return layer.weight in chosen, layer.bias in chosen
+
+
+def _norms_at_z(z_grads: list[PerTask]) -> tuple[Tensor, Tensor]:
+    """(T,) norms over the batch and z, and the mean over examples of each example's norm."""
+    per_leaf = [_example_norms(leaf) for leaf in z_grads]
+    if len({norms.shape for norms in per_leaf}) > 1:  # no common example axis: the batch counts as one example
+        per_leaf = [torch.linalg.vector_norm(norms, dim=1, keepdim=True) for norms in per_leaf]
+    rows = per_leaf[0] if len(per_leaf) == 1 else torch.linalg.vector_norm(torch.stack(per_leaf), dim=0)
+    return torch.linalg.vector_norm(rows, dim=1), rows.mean(1)
+
+
+def _example_norms(leaf: PerTask) -> Tensor:
+    """(T, B) norms of one leaf of z; the leading axis of z is the example axis."""
+    if isinstance(leaf, Tensor):
+        return torch.linalg.vector_norm(leaf.reshape(*leaf.shape[:2], -1), dim=2, dtype=_wide(leaf))
+    rows = [grad.reshape(*grad.shape[:1], -1) if grad.ndim else grad.reshape(1, 1) for grad in leaf]
+    return torch.stack([torch.linalg.vector_norm(row, dim=1, dtype=_wide(row)) for row in rows])
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _stack(leaf: PerTask) -> Tensor:
+    return leaf if isinstance(leaf, Tensor) else torch.stack(leaf)
+
+
+def _total(leaf: PerTask) -> Tensor:
+    return leaf.sum(0) if isinstance(leaf, Tensor) else sum(leaf[1:], leaf[0])
+
+
+def _scaled(leaf: PerTask, scale: Tensor) -> PerTask:
+    if isinstance(leaf, Tensor):
+        return leaf * _as_column(scale, leaf)
+    return [weight * grad for weight, grad in zip(scale.unbind(), leaf, strict=True)]
+
+
+def _as_column(scale: Tensor, rows: Tensor) -> Tensor:
+    """(T,) shaped to scale the rows of (T, ...)."""
+    return scale.to(rows.dtype).reshape(-1, *[1] * (rows.ndim - 1))

@@ -1,0 +1,54 @@
+"""The engine of `multi_task_loss(None, losses)`: the seam is the parameters themselves.
+
+Each loss is pulled back on its own, so nothing runs T times, and Σ w_i ∇L_i needs no second backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vjp
+
+from gradnorm_func import _tree
+from gradnorm_func._engine import AuxBox, Measured, Plan, quiet, row_norms, split_aux
+from gradnorm_func._loss import MultiTaskLoss, task_vector
+
+
+def separable(loss: MultiTaskLoss, params: Any, batch: Any, plan: Plan) -> Measured:
+    """All that `plan` asks for, of T losses that share nothing but the parameters."""
+    leaves, treedef = _tree.flatten(params)
+    at = plan.at if plan.at is not None else list(range(len(leaves)))
+    functions, structure = loss.head_list()
+    # Only what is asked for is differentiated: without weights, W alone.
+    own = at if plan.weights is None else list(range(len(leaves)))
+    rows: list[list[Tensor]] = []
+    values, auxes = [], []
+    with quiet()():
+        for function in functions:
+            box = AuxBox()
+
+            def evaluate(own_leaves: list[Tensor], function: Any = function, box: AuxBox = box) -> Any:
+                out = function(_tree.unflatten(treedef, _tree.replace(leaves, own, own_leaves)), batch)
+                value, aux = split_aux(out, plan.has_aux, "a loss")
+                return task_vector([value]).squeeze(0), box.strip(aux)
+
+            value, pull, kept = vjp(evaluate, [leaves[i] for i in own], has_aux=True)
+            rows.append(list(pull(torch.ones_like(value))[0]))
+            values.append(value)
+            auxes.append(box.fill(kept))
+        vector = torch.stack(values)
+        # W first: only its leaves are needed with their task axis.
+        task_grads = [torch.stack([row[own.index(i)] for row in rows]) for i in at] if plan.norms else []
+        norms = row_norms(task_grads) if plan.norms else ()
+        grads: Any = ()
+        if plan.weights is not None:
+            weights = plan.weights(vector, norms, ()) if callable(plan.weights) else plan.weights
+            scale = weights.to(vector.dtype).unbind()
+            grads = [sum((s * g for s, g in zip(scale[1:], column[1:], strict=True)), scale[0] * column[0])
+                     for column in zip(*rows, strict=True)]
+    return Measured(
+        _tree.unflatten(structure, values), vector, norms, (), task_grads if plan.task_grads else (), grads,
+        ((), _tree.unflatten(structure, auxes)) if plan.has_aux else (),
+    )

@@ -1,0 +1,143 @@
+"""measure → reduce → balance, composed once for all balancers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradnorm_func._loss import LossFn, task_vector
+from gradnorm_func._measure import measure
+from gradnorm_func._stats import TaskStats
+from gradnorm_func._tree import Where, flatten, tree_map
+
+
+class Balancer(NamedTuple):
+    """A balancing method with its hyperparameters bound: four pure functions."""
+
+    init: Callable[..., Any]  # init(num_tasks, ...) -> state
+    update: Callable[..., Any]  # update(state, params, loss_fn, batch, *, mask, update, ...) -> state
+    grad: Callable[..., Any]  # grad(state, params, loss_fn, batch, *, mask, update, ...) -> (grads, state, info)
+    balance: Callable[..., Any]  # balance(state, stats, *, mask, update) -> (state, info)
+
+
+def balancer(
+    init: Callable[..., Any],
+    balance: Callable[..., Any],
+    *,
+    where: Where = None,
+    norms: bool = True,
+    same_step: bool = False,
+) -> Balancer:
+    r"""A balancing method from its two pure functions; everything else is the same for all of them.
+
+    Args:
+        init: `init(num_tasks, ...) -> state`, a NamedTuple of tensors with a field `weights`, (T,).
+        balance: `balance(state, stats, *, mask=None, update=True) -> (state, info)`; `info` is a NamedTuple of
+            tensors with a field `weights`. See `mask_vector` for what `mask` may be.
+        where: W, as in `measure`.
+        norms: False if the method looks at losses only: then a step costs what a plain one does.
+        same_step: True if this step's gradient is to use the weights that this step's stats give, not those from
+            before it.
+
+    Returns:
+        Balancer(init, update, grad, balance).
+
+    Example:
+        >>> import torch, gradnorm_func as gn
+        >>> from typing import NamedTuple
+        >>> class State(NamedTuple):
+        ...     weights: torch.Tensor  # (T,)
+        >>> class Info(NamedTuple):
+        ...     losses: torch.Tensor  # (T,)
+        ...     weights: torch.Tensor  # (T,)
+        >>> def inverse_norm(mix=0.1):  # weights that make all gradient norms equal, with a moving average
+        ...     def init(num_tasks):
+        ...         return State(torch.ones(num_tasks))
+        ...     def balance(state, stats, *, mask=None, update=True):
+        ...         inverse = 1 / stats.grad_norms
+        ...         goal = inverse * len(inverse) / inverse.sum()
+        ...         new = State(state.weights + mix * (goal - state.weights))
+        ...         return (new if update else state), Info(stats.losses, state.weights)
+        ...     return gn.balancer(init, balance)
+        >>> mine = inverse_norm()
+        >>> loss_fn = lambda w, batch: {"a": w.square().sum(), "b": 3 * w.sum()}
+        >>> grads, state, info = mine.grad(mine.init(2), torch.tensor([1.5, 2.0]), loss_fn, None)
+        >>> grads
+        tensor([6., 7.])
+    """
+
+    def grad(
+        state: Any, params: Any, loss_fn: LossFn, batch: Any, *, mask: Any = None, update: bool | Tensor = True,
+        has_aux: bool = False, vectorize: bool = True, chunk_size: int | None = None,
+    ) -> Any:  # fmt: skip
+        present = mask_vector(mask, state.weights)
+        weights = state.weights if present is None else state.weights * present
+
+        def choose(losses: Tensor, grad_norms: Any, example_norms: Any) -> Tensor:
+            seen = TaskStats(losses, grad_norms, example_norms)
+            chosen: Tensor = balance(state, seen, mask=mask, update=update)[1].weights
+            return chosen if present is None else chosen * present
+
+        wanted = norms and update is not False
+        out = measure(
+            params, loss_fn, batch, weights=choose if same_step and wanted else weights, where=where, norms=wanted,
+            norms_only=True, has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size,
+        )  # fmt: skip
+        stats, aux = out if has_aux else (out, ())
+        state, info = balance(state, stats._replace(grads=()), mask=mask, update=update)
+        return (stats.grads, state, info, aux) if has_aux else (stats.grads, state, info)
+
+    def update(
+        state: Any, params: Any, loss_fn: LossFn, batch: Any, *, mask: Any = None, update: bool | Tensor = True,
+        has_aux: bool = False, vectorize: bool = True, chunk_size: int | None = None,
+    ) -> Any:  # fmt: skip
+        if update is False and not has_aux:
+            return state
+        out = measure(
+            params, loss_fn, batch, where=where, norms=norms and update is not False, norms_only=True,
+            has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size,
+        )  # fmt: skip
+        stats, aux = out if has_aux else (out, ())
+        state, _ = balance(state, stats, mask=mask, update=update)
+        return (state, aux) if has_aux else state
+
+    return Balancer(init, update, grad, balance)
+
+
+def mask_vector(mask: Any, weights: Tensor) -> Tensor | None:
+    """The tasks present in a batch as a (T,) bool tensor: from one, a sequence, or a pytree like the losses."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        vector = task_vector(mask, "mask")
+        if not any(bool(entry) for entry in flatten(mask)[0]):
+            raise ValueError(f"mask={mask!r} leaves no task: skip this batch, or pass update=False")
+        mask = vector
+    if mask.shape != weights.shape:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, but there are {weights.shape[0]} tasks")
+    return mask.to(device=weights.device, dtype=torch.bool)
+
+
+def vectors(state: Any, stats: TaskStats) -> tuple[Tensor, Tensor]:
+    """Losses and gradient norms of stats as (T,) in the dtype of the weights, NaN for norms not measured."""
+    weights: Tensor = state.weights
+    losses = task_vector(stats.losses).to(weights.dtype)
+    if losses.shape != weights.shape:
+        raise ValueError(
+            f"loss_fn returned {losses.shape[0]} losses, but the state was made for {weights.shape[0]} tasks: "
+            f"init_state({losses.shape[0]}) makes one for them; a task absent from some batches is what mask= is for"
+        )
+    if isinstance(stats.grad_norms, tuple) and stats.grad_norms == ():
+        return losses, torch.full_like(losses, torch.nan)
+    norms = task_vector(stats.grad_norms, "grad_norms").to(weights.dtype)
+    if norms.shape != weights.shape:
+        raise ValueError(f"grad_norms has {norms.shape[0]} entries, but there are {weights.shape[0]} tasks")
+    return losses, norms
+
+
+def choose(ok: Tensor, new: Any, old: Any) -> Any:
+    """`new` where ok, else `old`, leaf by leaf and without asking the device."""
+    return tree_map(lambda a, b: torch.where(ok, a, b), new, old)

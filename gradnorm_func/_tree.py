@@ -1,0 +1,154 @@
+"""Pytrees: flattening, dotted paths, selection of W, norms. The one module that owns leaf order."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+import optree
+import torch
+from torch import Tensor
+
+PyTree: TypeAlias = Any
+Where: TypeAlias = str | Sequence[str] | Callable[[str], bool] | None
+
+
+def flatten(tree: PyTree) -> tuple[list[Any], Any]:
+    """Leaves and structure in optree's order: keys of a dict sorted, fields of a tuple as they stand."""
+    leaves, treedef = optree.tree_flatten(tree)
+    return leaves, treedef
+
+
+def unflatten(treedef: Any, leaves: Iterable[Any]) -> PyTree:
+    """The inverse of `flatten`."""
+    return optree.tree_unflatten(treedef, leaves)
+
+
+def tree_map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+    """`fn` applied leaf by leaf."""
+    return optree.tree_map(fn, tree, *rest)
+
+
+def paths(tree: PyTree) -> list[str]:
+    """Dotted path of every leaf: `{"trunk": {"0": w}}` and `{"trunk.0": w}` both read `trunk.0`."""
+    dotted = []
+    for path in optree.tree_paths(tree):
+        node, parts = tree, []
+        for entry in path:
+            fields = getattr(node, "_fields", None)
+            parts.append(fields[entry] if fields is not None and isinstance(entry, int) else str(entry))
+            node = node[entry] if isinstance(node, (dict, list, tuple)) else None
+        dotted.append(".".join(parts))
+    return dotted
+
+
+def select(tree: PyTree, where: Where) -> list[int]:
+    """Indices of the leaves that `where` names; None names them all."""
+    names = paths(tree)
+    if where is None:
+        return list(range(len(names)))
+    if callable(where):
+        found = [i for i, name in enumerate(names) if where(name)]
+        if not found:
+            raise ValueError(f"where={where!r} selects no parameter; the paths are {_shorten(names)}")
+        return found
+    prefixes = [where] if isinstance(where, str) else list(where)
+    if not prefixes:
+        raise ValueError("where=[] selects no parameter; give a path such as "
+                         f"{names[0]!r}, or None for the default" if names else "where=[]: params has no leaves")
+    for prefix in prefixes:
+        if not any(_below(name, prefix) for name in names):
+            parents = {".".join(name.split(".")[:k]) for name in names for k in range(1, name.count(".") + 2)}
+            near = difflib.get_close_matches(prefix, sorted(parents), n=3, cutoff=0.4) or names
+            raise ValueError(f"where={prefix!r} matches no parameter; did you mean one of {_shorten(near)}?")
+    return [i for i, name in enumerate(names) if any(_below(name, prefix) for prefix in prefixes)]
+
+
+def lookup(tree: PyTree, path: str) -> Any:
+    """The one leaf at a dotted path."""
+    if isinstance(tree, dict) and path in tree:
+        return tree[path]
+    names = paths(tree)
+    if path not in names:
+        near = difflib.get_close_matches(path, names, n=3, cutoff=0.4) or names
+        raise ValueError(f"no parameter at {path!r}; did you mean one of {_shorten(near)}?")
+    return flatten(tree)[0][names.index(path)]
+
+
+def subtree(tree: PyTree, prefix: str) -> PyTree:
+    """What lies below a prefix: a nested subtree, or the flat entries with the prefix taken off."""
+    if isinstance(tree, dict):
+        if prefix in tree:
+            return tree[prefix]
+        below = {key[len(prefix) + 1 :]: leaf for key, leaf in tree.items() if str(key).startswith(prefix + ".")}
+        if below:
+            return below
+    node = tree
+    for part in prefix.split("."):
+        if isinstance(node, dict) and part in node:
+            node = node[part]
+        elif isinstance(node, tuple) and part in getattr(node, "_fields", ()):
+            node = getattr(node, part)
+        elif isinstance(node, (list, tuple)) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        else:
+            raise ValueError(f"nothing in params below {prefix!r}; the paths are {_shorten(paths(tree))}")
+    return node
+
+
+def replace(leaves: list[Any], indices: Sequence[int], values: Sequence[Any]) -> list[Any]:
+    """A copy of `leaves` with new values at some indices."""
+    out = list(leaves)
+    for index, value in zip(indices, values, strict=True):
+        out[index] = value
+    return out
+
+
+def square_norms(leaves: Iterable[Tensor], batch_dims: int = 1) -> Tensor:
+    """Sum of squares over all axes after the first `batch_dims`, and over the leaves; at least float32."""
+    total: Tensor | None = None
+    for leaf in leaves:
+        wide = leaf.to(torch.promote_types(leaf.dtype, torch.float32))
+        square = wide.flatten(batch_dims).square().sum(-1) if wide.ndim > batch_dims else wide.square()
+        total = square if total is None else total + square
+    if total is None:
+        raise ValueError("a norm of no tensors")
+    return total
+
+
+def safe_sqrt(square: Tensor) -> Tensor:
+    """Square root whose derivative at 0 is 0, not NaN."""
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
+
+
+def check_params(params: PyTree) -> None:
+    """Every leaf must be a floating-point tensor, for only those have gradients."""
+    leaves, _ = flatten(params)
+    for index, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise ValueError(
+                f"params leaf {paths(params)[index]!r} is {kind}; only floating-point tensors have gradients: "
+                "pass it in batch, or close over it in loss_fn"
+            )
+    if not leaves:
+        raise ValueError("params has no leaves: there is nothing to differentiate")
+
+
+def inside_transform() -> bool:
+    """Whether a torch.func transform surrounds this call, so that what we return must stay differentiable.
+
+    There is no public question for this that torch.compile can trace; this one it folds to a guarded constant.
+    """
+    return bool(torch._C._functorch.get_dynamic_layer_stack_depth() > 0)
+
+
+def _below(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def _shorten(names: Sequence[str], most: int = 8) -> str:
+    shown = ", ".join(repr(name) for name in names[:most])
+    return shown + (f", ... ({len(names)} in all)" if len(names) > most else "")
