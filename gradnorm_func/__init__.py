@@ -1,6 +1,8 @@
-"""GradNorm as pure functions on torch.func."""
+"""Loss balancing as pure functions on torch.func: GradNorm and its kin. Start at `gradnorm_grad`."""
 
-from gradnorm_func._analysis import task_cosine_similarity, task_grad_norms, task_gramian, task_grads
+from gradnorm_func._analysis import task_cosine_similarity, task_grad_norms, task_grads, task_gramian
+from gradnorm_func._check import check_seam
+from gradnorm_func._fixed_ratio import FixedRatioInfo, FixedRatioState, fixed_ratio
 from gradnorm_func._gradnorm import (
     GradNormInfo,
     GradNormState,
@@ -11,8 +13,55 @@ from gradnorm_func._gradnorm import (
     init_state,
     reset_initial_losses,
 )
+from gradnorm_func._interop import functional, load_state, log_dict, state_dict, write_grads
 from gradnorm_func._loss import multi_task_loss, shared_linear, stacked_heads, task_names
 from gradnorm_func._measure import measure
 from gradnorm_func._optim import Optimizer, adam, sgd
+from gradnorm_func._static import StaticInfo, StaticState, export, static
 from gradnorm_func._stats import TaskStats, merge
-from gradnorm_func._step import Balancer, balancer
+from gradnorm_func._step import Balancer, balancer, mask_vector
+from gradnorm_func._train import train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Balancer",
+    "FixedRatioInfo",
+    "FixedRatioState",
+    "GradNormInfo",
+    "GradNormState",
+    "Optimizer",
+    "StaticInfo",
+    "StaticState",
+    "TaskStats",
+    "adam",
+    "balance",
+    "balancer",
+    "check_seam",
+    "export",
+    "fixed_ratio",
+    "functional",
+    "gradnorm",
+    "gradnorm_grad",
+    "gradnorm_update",
+    "init_state",
+    "load_state",
+    "log_dict",
+    "mask_vector",
+    "measure",
+    "merge",
+    "multi_task_loss",
+    "reset_initial_losses",
+    "sgd",
+    "shared_linear",
+    "stacked_heads",
+    "state_dict",
+    "static",
+    "task_cosine_similarity",
+    "task_grad_norms",
+    "task_grads",
+    "task_gramian",
+    "task_names",
+    "train",
+    "write_grads",
+]

@@ -218,7 +218,9 @@ def balance(
     budget = state.total - torch.where(here, 0.0, w).sum()
     moved = torch.where(here, moved * (budget / torch.where(here, moved, 0.0).sum()), w)
     if present is not None:
-        moments = _tree.tree_map(lambda a, b: torch.where(here, a, b) if a.shape == w.shape else a, moments, state.moments)
+        moments = _tree.tree_map(
+            lambda a, b: torch.where(here, a, b) if a.shape == w.shape else a, moments, state.moments
+        )
     new = GradNormState(moved, initial, state.step + 1, state.total, moments)
     return choose(finite & here.any() & torch.as_tensor(update, device=w.device), new, state), info
 

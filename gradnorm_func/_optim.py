@@ -25,13 +25,13 @@ class Optimizer(NamedTuple):
 class SGDState(NamedTuple):
     """State of `sgd`."""
 
-    count: Tensor  # () int64: updates so far
+    step: Tensor  # () int64: updates so far
 
 
 class AdamState(NamedTuple):
     """State of `adam`."""
 
-    count: Tensor  # () int64: updates so far
+    step: Tensor  # () int64: updates so far
     mean: Tensor  # (T,) first moment
     square: Tensor  # (T,) second moment
 
@@ -62,7 +62,7 @@ def sgd(learning_rate: float | Tensor | Schedule) -> Optimizer:
         return SGDState(torch.zeros((), dtype=torch.int64, device=weights.device))
 
     def update(grad: Tensor, state: SGDState, weights: Tensor) -> tuple[Tensor, SGDState]:
-        return -_rate(learning_rate, state.count) * grad, SGDState(state.count + 1)
+        return -_rate(learning_rate, state.step) * grad, SGDState(state.step + 1)
 
     return Optimizer(init, update)
 
@@ -106,13 +106,13 @@ def adam(
         return AdamState(count, torch.zeros_like(weights), torch.zeros_like(weights))
 
     def update(grad: Tensor, state: AdamState, weights: Tensor) -> tuple[Tensor, AdamState]:
-        count = state.count + 1
+        count = state.step + 1
         mean = b1 * state.mean + (1 - b1) * grad
         square = b2 * state.square + (1 - b2) * grad * grad
         power = count.to(grad.dtype)
         mean_hat = mean / (1 - b1**power)
         square_hat = square / (1 - b2**power)
-        step = -_rate(learning_rate, state.count) * mean_hat / (square_hat.sqrt() + eps)
+        step = -_rate(learning_rate, state.step) * mean_hat / (square_hat.sqrt() + eps)
         return step, AdamState(count, mean, square)
 
     return Optimizer(init, update)

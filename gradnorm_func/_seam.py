@@ -169,7 +169,11 @@ class _Pass:
 
         def pull_heads(cotangents: Tensor) -> tuple[list[Tensor], list[PerTask], list[Tensor]]:
             own, copies, ws = pull(cotangents)
-            return own, [list(leaf) for leaf in zip(*copies, strict=True)], [torch.stack(w) for w in zip(*ws, strict=True)]
+            return (
+                own,
+                [list(leaf) for leaf in zip(*copies, strict=True)],
+                [torch.stack(w) for w in zip(*ws, strict=True)],
+            )
 
         return vector, pull_heads, aux
 
@@ -264,6 +268,8 @@ def _norms_at_z(z_grads: list[PerTask]) -> tuple[Tensor, Tensor]:
 
 def _example_norms(leaf: PerTask) -> Tensor:
     """(T, B) norms of one leaf of z; the leading axis of z is the example axis."""
+    if torch.compiler.is_compiling() and leaf[0].ndim:
+        leaf = _stack(leaf)  # written in place there, and one reduction instead of T
     if isinstance(leaf, Tensor):
         return torch.linalg.vector_norm(leaf.reshape(*leaf.shape[:2], -1), dim=2, dtype=_wide(leaf))
     rows = [grad.reshape(*grad.shape[:1], -1) if grad.ndim else grad.reshape(1, 1) for grad in leaf]

@@ -46,9 +46,16 @@ def separable(loss: MultiTaskLoss, params: Any, batch: Any, plan: Plan) -> Measu
         if plan.weights is not None:
             weights = plan.weights(vector, norms, ()) if callable(plan.weights) else plan.weights
             scale = weights.to(vector.dtype).unbind()
-            grads = [sum((s * g for s, g in zip(scale[1:], column[1:], strict=True)), scale[0] * column[0])
-                     for column in zip(*rows, strict=True)]
+            grads = [
+                sum((s * g for s, g in zip(scale[1:], column[1:], strict=True)), scale[0] * column[0])
+                for column in zip(*rows, strict=True)
+            ]
     return Measured(
-        _tree.unflatten(structure, values), vector, norms, (), task_grads if plan.task_grads else (), grads,
+        _tree.unflatten(structure, values),
+        vector,
+        norms,
+        (),
+        task_grads if plan.task_grads else (),
+        grads,
         ((), _tree.unflatten(structure, auxes)) if plan.has_aux else (),
     )

@@ -65,8 +65,7 @@ def merge(*stats: TaskStats) -> TaskStats:
 
     first = stats[0]
     losses, task_grads, grads = (
-        _tree.tree_map(mean, *parts)
-        for parts in zip(*((s.losses, s.task_grads, s.grads) for s in stats), strict=True)
+        _tree.tree_map(mean, *parts) for parts in zip(*((s.losses, s.task_grads, s.grads) for s in stats), strict=True)
     )
     if _tree.flatten(task_grads)[0]:
         norms, example_norms = _tree.safe_sqrt(_tree.square_norms(_tree.flatten(task_grads)[0])), ()
@@ -74,7 +73,10 @@ def merge(*stats: TaskStats) -> TaskStats:
         norms = quadrature(*(s.grad_norms for s in stats))
         # Of each example's gradient the mean loss takes the share π_m, and of the examples themselves again π_m.
         example_norms = sum(
-            (share.to(s.example_norms.dtype).square() * s.example_norms for share, s in zip(shares, stats, strict=True)),
+            (
+                share.to(s.example_norms.dtype).square() * s.example_norms
+                for share, s in zip(shares, stats, strict=True)
+            ),
             torch.zeros_like(first.example_norms),
         )
     elif isinstance(first.grad_norms, Tensor):

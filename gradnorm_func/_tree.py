@@ -55,8 +55,11 @@ def select(tree: PyTree, where: Where) -> list[int]:
         return found
     prefixes = [where] if isinstance(where, str) else list(where)
     if not prefixes:
-        raise ValueError("where=[] selects no parameter; give a path such as "
-                         f"{names[0]!r}, or None for the default" if names else "where=[]: params has no leaves")
+        raise ValueError(
+            f"where=[] selects no parameter; give a path such as {names[0]!r}, or None for the default"
+            if names
+            else "where=[]: params has no leaves"
+        )
     for prefix in prefixes:
         if not any(_below(name, prefix) for name in names):
             parents = {".".join(name.split(".")[:k]) for name in names for k in range(1, name.count(".") + 2)}
