@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.func import vmap
+from torch.func import vjp, vmap
 
 from gradnorm_func import _tree
 
@@ -49,6 +49,12 @@ def quiet() -> Callable[[], AbstractContextManager[Any]]:
     To be asked before the first vjp of our own, which is a transform too.
     """
     return nullcontext if _tree.inside_transform() else torch.no_grad
+
+
+def vjp_aux(fn: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any], Any]:
+    """torch.func.vjp with aux: (output, pullback, aux)."""
+    out: tuple[Any, Callable[..., Any], Any] = vjp(fn, *primals, has_aux=True)  # type: ignore[assignment]
+    return out
 
 
 def pull_all(pull: Callable[[Any], Any], cotangents: Any, plan: Plan) -> Any:
@@ -93,4 +99,5 @@ def row_norms(leaves: list[Tensor]) -> Tensor:
     """(T,) norms of leaves (T, ...), accumulated in float32 at least."""
     dtype = reduce(torch.promote_types, (leaf.dtype for leaf in leaves), torch.float32)
     parts = [torch.linalg.vector_norm(leaf.reshape(leaf.shape[0], -1), dim=1, dtype=dtype) for leaf in leaves]
-    return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0)
+    norms: Tensor = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0)
+    return norms

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vjp
 
 from gradnorm_func import _tree
-from gradnorm_func._engine import AuxBox, Measured, Plan, pull_all, quiet, row_norms, split_aux
+from gradnorm_func._engine import AuxBox, Measured, Plan, pull_all, quiet, row_norms, split_aux, vjp_aux
 from gradnorm_func._loss import LossFn, task_vector
 
 
@@ -33,9 +32,7 @@ def general(loss_fn: LossFn, params: Any, batch: Any, plan: Plan) -> Measured:
 
     def at_w(all_leaves: list[Tensor]) -> tuple[Tensor, Any]:
         """The losses as a function of everything, and as aux their Jacobian with respect to W alone."""
-        vector, pull_w, aux = vjp(
-            lambda w: evaluate(_tree.replace(all_leaves, at, w)), [all_leaves[i] for i in at], has_aux=True
-        )
+        vector, pull_w, aux = vjp_aux(lambda w: evaluate(_tree.replace(all_leaves, at, w)), [all_leaves[i] for i in at])
         with silence():
             task_grads = jacobian(pull_w, vector)
         return vector, (task_grads, aux)
@@ -45,14 +42,12 @@ def general(loss_fn: LossFn, params: Any, batch: Any, plan: Plan) -> Measured:
         task_grads: list[Tensor] = []
         grads: Any = ()
         if not plan.norms:
-            vector, pull, kept = vjp(evaluate, leaves, has_aux=True)
+            vector, pull, kept = vjp_aux(evaluate, leaves)
         elif plan.weights is None or len(at) == len(leaves):
-            vector, pull, kept = vjp(
-                lambda w: evaluate(_tree.replace(leaves, at, w)), [leaves[i] for i in at], has_aux=True
-            )
+            vector, pull, kept = vjp_aux(lambda w: evaluate(_tree.replace(leaves, at, w)), [leaves[i] for i in at])
             task_grads = jacobian(pull, vector)
         else:
-            vector, pull, (task_grads, kept) = vjp(at_w, leaves, has_aux=True)
+            vector, pull, (task_grads, kept) = vjp_aux(at_w, leaves)
         norms: Any = ()
         if plan.norms:
             norms = row_norms(task_grads)

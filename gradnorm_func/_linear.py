@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.func import vjp, vmap
@@ -13,8 +15,9 @@ def before_activation(layer: SharedLinear, y: Tensor, z_grads: Tensor) -> Tensor
     """∂L_i/∂y from ∂L_i/∂z, z = activation(y), over the leading task axis."""
     if layer.activation is None:
         return z_grads
-    _, pull = vjp(layer.activation, y)
-    return vmap(lambda z_grad: pull(z_grad)[0])(z_grads)
+    pull: Callable[[Tensor], tuple[Tensor]] = vjp(layer.activation, y)[1]
+    out: Tensor = vmap(lambda z_grad: pull(z_grad)[0])(z_grads)
+    return out
 
 
 def gradients(h: Tensor, y_grads: Tensor, wanted: tuple[bool, bool]) -> list[Tensor]:
@@ -37,7 +40,8 @@ def norms(h: Tensor, y_grads: Tensor, wanted: tuple[bool, bool]) -> Tensor:
     if not wanted[0] or direct <= gram:
         parts = _transposed_gradients(h, y_grads, wanted)
         per_part = [torch.linalg.vector_norm(part.flatten(1), dim=1, dtype=wide) for part in parts]
-        return per_part[0] if len(per_part) == 1 else torch.linalg.vector_norm(torch.stack(per_part), dim=0)
+        whole: Tensor = per_part[0] if len(per_part) == 1 else torch.linalg.vector_norm(torch.stack(per_part), dim=0)
+        return whole
     inputs = (rows @ rows.mT).to(wide) + float(wanted[1])
     outputs = torch.bmm(cotangents, cotangents.mT).to(wide)
     # Rounding can take the square of a vanishing norm below zero.

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.func import vjp
 
 from gradnorm_func import _linear, _ownership, _tree
-from gradnorm_func._engine import AuxBox, Measured, Plan, pull_all, quiet, row_norms, split_aux
+from gradnorm_func._engine import AuxBox, Measured, Plan, pull_all, quiet, row_norms, split_aux, vjp_aux
 from gradnorm_func._loss import MultiTaskLoss, SharedLinear, StackedHeads, task_vector
 
 # One leaf of z for all tasks: T tensors, or one (T, ...) tensor where the heads are stacked.
@@ -120,7 +119,7 @@ class _Pass:
     def _vjp(self, fn: Callable[..., Any], *primals: Any) -> Any:
         """vjp with aux; when watching, a tripwire that is read makes what comes out require grad."""
         with torch.enable_grad() if self.watching else nullcontext():
-            return vjp(fn, *primals, has_aux=True)
+            return vjp_aux(fn, *primals)
 
     def _shared(self, own: list[Tensor]) -> tuple[list[Tensor], Any]:
         """Leaves of z; as aux (h, y) of a `shared_linear` and the tensors of the user's aux."""
@@ -285,7 +284,8 @@ def _stack(leaf: PerTask) -> Tensor:
 
 
 def _total(leaf: PerTask) -> Tensor:
-    return leaf.sum(0) if isinstance(leaf, Tensor) else sum(leaf[1:], leaf[0])
+    total: Tensor = leaf.sum(0) if isinstance(leaf, Tensor) else sum(leaf[1:], leaf[0])
+    return total
 
 
 def _scaled(leaf: PerTask, scale: Tensor) -> PerTask:

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vjp
 
 from gradnorm_func import _tree
-from gradnorm_func._engine import AuxBox, Measured, Plan, quiet, row_norms, split_aux
+from gradnorm_func._engine import AuxBox, Measured, Plan, quiet, row_norms, split_aux, vjp_aux
 from gradnorm_func._loss import MultiTaskLoss, task_vector
 
 
@@ -34,7 +33,7 @@ def separable(loss: MultiTaskLoss, params: Any, batch: Any, plan: Plan) -> Measu
                 value, aux = split_aux(out, plan.has_aux, "a loss")
                 return task_vector([value]).squeeze(0), box.strip(aux)
 
-            value, pull, kept = vjp(evaluate, [leaves[i] for i in own], has_aux=True)
+            value, pull, kept = vjp_aux(evaluate, [leaves[i] for i in own])
             rows.append(list(pull(torch.ones_like(value))[0]))
             values.append(value)
             auxes.append(box.fill(kept))

@@ -64,11 +64,13 @@ def merge(*stats: TaskStats) -> TaskStats:
         return _tree.safe_sqrt(sum(terms[1:], terms[0]))
 
     first = stats[0]
+    norms: Any
+    example_norms: Any = ()
     losses, task_grads, grads = (
         _tree.tree_map(mean, *parts) for parts in zip(*((s.losses, s.task_grads, s.grads) for s in stats), strict=True)
     )
     if _tree.flatten(task_grads)[0]:
-        norms, example_norms = _tree.safe_sqrt(_tree.square_norms(_tree.flatten(task_grads)[0])), ()
+        norms = _tree.safe_sqrt(_tree.square_norms(_tree.flatten(task_grads)[0]))
     elif isinstance(first.example_norms, Tensor):
         norms = quadrature(*(s.grad_norms for s in stats))
         # Of each example's gradient the mean loss takes the share π_m, and of the examples themselves again π_m.
@@ -85,5 +87,5 @@ def merge(*stats: TaskStats) -> TaskStats:
             "measure with norms_only=False"
         )
     else:
-        norms, example_norms = (), ()
+        norms = ()
     return TaskStats(losses, norms, example_norms, task_grads, grads, total)

@@ -111,14 +111,14 @@ def mask_vector(mask: Any, weights: Tensor) -> Tensor | None:
     """The tasks present in a batch as a (T,) bool tensor: from one, a sequence, or a pytree like the losses."""
     if mask is None:
         return None
+    vector: Tensor = mask
     if not isinstance(mask, Tensor):
-        vector = task_vector(mask, "mask")
         if not any(bool(entry) for entry in flatten(mask)[0]):
             raise ValueError(f"mask={mask!r} leaves no task: skip this batch, or pass update=False")
-        mask = vector
-    if mask.shape != weights.shape:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}, but there are {weights.shape[0]} tasks")
-    return mask.to(device=weights.device, dtype=torch.bool)
+        vector = task_vector(mask, "mask")
+    if vector.shape != weights.shape:
+        raise ValueError(f"mask has shape {tuple(vector.shape)}, but there are {weights.shape[0]} tasks")
+    return vector.to(device=weights.device, dtype=torch.bool)
 
 
 def vectors(state: Any, stats: TaskStats) -> tuple[Tensor, Tensor]:
