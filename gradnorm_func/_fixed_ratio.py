@@ -100,11 +100,12 @@ def fixed_ratio(
         losses, grad_norms = vectors(state, stats)
         present = mask_vector(mask, losses)
         here = torch.ones_like(losses, dtype=torch.bool) if present is None else present
-        total_at = lambda weights: torch.where(here, weights * losses, 0.0).sum()
         if update is False:
             means = state.norm_sums / state.norm_counts
             finite = (losses.isfinite() | ~here).all()
-            return state, FixedRatioInfo(losses, state.weights, grad_norms, means, total_at(state.weights), finite)
+            return state, FixedRatioInfo(
+                losses, state.weights, grad_norms, means, _total(state.weights, losses, here), finite
+            )
         seen = grad_norms
         if per_example and isinstance(stats.example_norms, Tensor):
             seen = stats.example_norms.to(losses.dtype)
@@ -117,9 +118,13 @@ def fixed_ratio(
         finite = ((losses.isfinite() & seen.isfinite() & weights.isfinite()) | ~here).all()
         ok = finite & here.any() & torch.as_tensor(update, device=losses.device)
         new = choose(ok, FixedRatioState(weights, sums, counts), state)
-        return new, FixedRatioInfo(losses, new.weights, grad_norms, means, total_at(new.weights), finite)
+        return new, FixedRatioInfo(losses, new.weights, grad_norms, means, _total(new.weights, losses, here), finite)
 
     return balancer(init, balance, where=where, same_step=True)
+
+
+def _total(weights: Tensor, losses: Tensor, here: Tensor) -> Tensor:
+    return torch.where(here, weights * losses, 0.0).sum()
 
 
 def _shares(ratios: Any, like: Tensor) -> Tensor:

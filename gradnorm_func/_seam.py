@@ -270,7 +270,8 @@ def _example_norms(leaf: PerTask) -> Tensor:
     if torch.compiler.is_compiling() and leaf[0].ndim:
         leaf = _stack(leaf)  # written in place there, and one reduction instead of T
     if isinstance(leaf, Tensor):
-        return torch.linalg.vector_norm(leaf.reshape(*leaf.shape[:2], -1), dim=2, dtype=_wide(leaf))
+        norms: Tensor = torch.linalg.vector_norm(leaf.reshape(*leaf.shape[:2], -1), dim=2, dtype=_wide(leaf))
+        return norms
     rows = [grad.reshape(*grad.shape[:1], -1) if grad.ndim else grad.reshape(1, 1) for grad in leaf]
     return torch.stack([torch.linalg.vector_norm(row, dim=1, dtype=_wide(row)) for row in rows])
 
