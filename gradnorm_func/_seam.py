@@ -80,6 +80,7 @@ class _Pass:
         self.read_by_heads: set[int] = set()
         self.shared_box, self.heads_box = AuxBox(), AuxBox()
         self.z_treedef: Any = None
+        self.bias_first = False
         self.wanted = self._linear_leaves()
         # W, if it is neither z nor the layer of a `shared_linear`. Heads that may read it get a copy of it each.
         self.at = list(plan.at or []) if plan.norms and self.wanted is None else []
@@ -214,6 +215,8 @@ class _Pass:
             if plan.task_grads:
                 task_grads = _linear.gradients(layer[0], y_grads, self.wanted)
                 norms = row_norms(task_grads)
+                if self.bias_first:  # they come as (weight, bias), but the leaves of W in leaf order
+                    task_grads.reverse()
             else:
                 norms = _linear.norms(layer[0], y_grads, self.wanted)
         elif plan.norms:
@@ -250,8 +253,9 @@ class _Pass:
         if at is None or not isinstance(layer, SharedLinear):
             return None
         names = _tree.paths(_tree.unflatten(self.treedef, self.leaves))
-        chosen = {names[i] for i in at}
-        if not chosen <= {layer.weight, layer.bias}:
+        chosen = [names[i] for i in at]
+        self.bias_first = chosen[0] == layer.bias
+        if not set(chosen) <= {layer.weight, layer.bias}:
             return None
         return layer.weight in chosen, layer.bias in chosen
 
