@@ -110,9 +110,9 @@ class _Pass:
             if plan.weights is not None and pull is not None:
                 grads = self._assemble(crossing, list(self._last_pull(pull, crossing.z_total)[0]))
         tripped = self.watching and any(leaf.requires_grad for leaf in (*z, crossing.vector))
-        vector, treedef = crossing.vector, self.loss.head_list()[1]
+        vector = crossing.vector
         stacked = isinstance(self.loss.heads, StackedHeads)
-        losses = vector if stacked else _tree.unflatten(treedef, list(vector.unbind()))
+        losses = vector if stacked else self.loss.structure(vector.unbind())
         aux_parts = [(self.shared_box, shared_aux), (self.heads_box, crossing.aux)]
         if self.watching:  # aux may read tripwires, or anything else that requires grad
             aux_parts = [(box, [leaf.detach() for leaf in tensors]) for box, tensors in aux_parts]
@@ -158,7 +158,7 @@ class _Pass:
 
     def _heads(self, z: list[Tensor]) -> tuple[Tensor, Callable[..., Any], list[Tensor]]:
         """T separate heads: losses, pullback, aux."""
-        heads, treedef = self.loss.head_list()
+        heads = self.loss.functions
 
         def run(own: list[Tensor], copies: list[list[Tensor]], ws: list[list[Tensor]]) -> tuple[Tensor, Any]:
             base, outs = _tree.replace(self.constants, self.heads_own, own), []
@@ -166,16 +166,15 @@ class _Pass:
                 params = _tree.unflatten(self.treedef, _tree.replace(base, self.direct, w))
                 out = head(params, _tree.unflatten(self.z_treedef, z_copy), self.batch)
                 outs.append(split_aux(out, self.plan.has_aux, "a head"))
-            vector = task_vector(_tree.unflatten(treedef, [loss for loss, _ in outs]))
+            vector = task_vector(self.loss.structure([loss for loss, _ in outs]))
             if self.plain and not self.watching:
                 for w in ws:
                     self.read_by_heads |= _ownership.read_by([vector], _tree.replace(base, self.direct, w))
-            return vector, self.heads_box.strip(_tree.unflatten(treedef, [aux for _, aux in outs]))
+            return vector, self.heads_box.strip(self.loss.structure([aux for _, aux in outs]))
 
         w = [self.leaves[i] for i in self.direct]
         count = len(heads)
         vector, pull, aux = self._vjp(run, [self.leaves[i] for i in self.heads_own], [z] * count, [w] * count)
-
         pull_once = pull if callable(self.plan.weights) else partial(self._last_pull, pull)
 
         def pull_heads(cotangents: Tensor) -> tuple[list[Tensor], list[PerTask], list[Tensor]]:
