@@ -85,7 +85,7 @@ def toy(path: str, curves: dict[str, Any], scales: Sequence[float]) -> None:
         figure = Figure(figsize=(11, 4.4), layout="constrained")
         left, right = figure.subplots(1, 2)
         balanced = curves["GradNorm"]
-        norm, shades = LogNorm(min(scales), max(scales)), matplotlib.colormaps["cividis"]
+        norm, shades = LogNorm(min(scales), 1.4 * max(scales)), matplotlib.colormaps["cividis"]
         for curve, scale in zip(balanced.weights.T, scales, strict=True):
             left.plot(balanced.steps, curve.numpy(), color=shades(float(norm(scale))))
         left.set_yscale("log")
@@ -94,6 +94,7 @@ def toy(path: str, curves: dict[str, Any], scales: Sequence[float]) -> None:
         left.set_xlabel("training step")
         bar = figure.colorbar(ScalarMappable(norm, shades), ax=left, label=r"scale $\sigma_i$ of the task", pad=0.02)
         bar.ax.yaxis.set_major_formatter("{x:g}")
+        bar.ax.yaxis.set_minor_formatter("{x:g}")
         for i, (name, curve) in enumerate(curves.items()):
             values = curve.losses.sum(1).numpy()
             dash = DASHES[len(curves) - 1 - i]
