@@ -125,6 +125,24 @@ def test_under_grad(name: str, form: str, place: str) -> None:
         assert_near(found[path], gradient, path, size)
 
 
+@pytest.mark.parametrize("rows", [2, 40], ids=["gram", "direct"])
+@pytest.mark.parametrize("of", [gn.task_grad_norms, gn.task_cosine_similarity], ids=["norms", "cosines"])
+@pytest.mark.parametrize("form", ["general", "z", "weight"])
+def test_under_grad_at_a_zero_gradient(form: str, of: Any, rows: int) -> None:
+    """A norm has no derivative at zero; the one taken is 0, so that a dead task spoils nothing with NaN."""
+    params, x = {"w": torch.randn(10, 12, **D)}, torch.randn(rows, 12, **D)
+    heads = [lambda p, z, x: z.square().mean(), lambda p, z, x: 0 * z.sum(), lambda p, z, x: z.exp().mean()]
+
+    def value(params: Any, heads: Any) -> Tensor:
+        loss_fn = gn.multi_task_loss(lambda p, x: x, heads, last_shared=gn.shared_linear("w", None, torch.tanh))
+        plain = loss_fn if form != "general" else lambda p, x: loss_fn(p, x)
+        return (of(plain, params, x, where="w" if form == "weight" else None) + 1).square().sum()
+
+    found = torch.func.grad(value)(params, heads)["w"]
+    assert norm([found]) > 0
+    assert_near(found, torch.func.grad(value)(params, heads[::2])["w"])
+
+
 def test_under_vmap_of_grad() -> None:
     """Both, and with respect to the batch."""
     case = make("mlp")
