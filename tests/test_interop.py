@@ -62,6 +62,15 @@ def test_functional_reads_buffers_from_params_if_they_are_there():
     assert torch.equal(out, model.trunk(x))
 
 
+def test_functional_in_train_mode_leaves_the_module_as_it_was():
+    model, x = Model().train(), torch.randn(8, 5, dtype=F64)
+    before = copy.deepcopy(model.state_dict())
+    _, buffers = gn.functional(model, buffers=True)(dict(model.named_parameters()), x)
+    assert same_bits(before, model.state_dict())
+    model(x)
+    assert same_bits(buffers, dict(model.named_buffers()))
+
+
 def test_functional_names_what_is_missing():
     model = Model()
     with pytest.raises(ValueError, match=r"params has no 'weight'.*prefix='' now"):
