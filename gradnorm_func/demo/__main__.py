@@ -121,7 +121,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             importlib.import_module(module)
         except ImportError as error:
             parser.exit(1, f'{parser.prog}: {error}: pip install "gradnorm_func[demo]"\n')
-    figure_path(options.out)
 
     import torch
 
