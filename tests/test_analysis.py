@@ -85,8 +85,7 @@ def test_under_vmap(name: str, form: str, place: str) -> None:
     loss_fn, where = in_form(case, form), case.where[place]
     each = [{path: leaf + 0.3 * torch.randn_like(leaf) for path, leaf in case.params().items()} for _ in range(members)]
     stacked = {path: torch.stack([params[path] for params in each]) for path in each[0]}
-    one = torch.tensor(1.0)  # vmap returns tensors only, and the default of num_examples is a float
-    measure = lambda p: gn.measure(p, loss_fn, case.batch, where=where, weights=weights_of("abc"), num_examples=one)
+    measure = lambda p: gn.measure(p, loss_fn, case.batch, where=where, weights=weights_of("abc"))
     stats = torch.func.vmap(measure)(stacked)
     gram = torch.func.vmap(lambda p: gn.task_gramian(loss_fn, p, case.batch, where=where))(stacked)
     norms = torch.func.vmap(lambda p: gn.task_grad_norms(loss_fn, p, case.batch, where=where))(stacked)
@@ -206,8 +205,8 @@ def test_merge(name: str, form: str, place: str, sizes: tuple[int, ...]) -> None
     stats = [run(part, num_examples=n) for part, n in zip(parts, sizes, strict=True)]
     whole = run(case.batch)
     in_two_steps = gn.merge(gn.merge(*stats[:2]), *stats[2:])
-    as_tensors = gn.merge(*(s._replace(num_examples=torch.tensor(s.num_examples)) for s in stats))
-    for merged in (gn.merge(*stats), in_two_steps, as_tensors):
+    as_numbers = gn.merge(*(s._replace(num_examples=int(s.num_examples)) for s in stats))
+    for merged in (gn.merge(*stats), in_two_steps, as_numbers):
         assert float(merged.num_examples) == 8
         assert_near(merged.losses, whole.losses, "losses")
         assert_near(merged.grad_norms, rows_of(case, form, place).norm(dim=1), "norms")
