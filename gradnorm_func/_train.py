@@ -52,7 +52,7 @@ def train(
     Example:
         >>> import torch, gradnorm_func as gn
         >>> loss_fn = lambda w, x: {"fit": (x @ w - 1).square().mean(), "size": 100 * w.square().sum()}
-        >>> w, state, history = gn.train(torch.ones(3), loss_fn, [torch.eye(3)] * 50, progress=False)
+        >>> w, state, history = gn.train(torch.full((3,), 0.5), loss_fn, [torch.eye(3)] * 50, progress=False)
         >>> history.weights.shape
         torch.Size([50, 2])
     """
