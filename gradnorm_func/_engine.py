@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from gradnorm_func import _tree
+from gradnorm_func._loss import wrong_count
 
 # of the sum to differentiate: (T,), or a function of (losses, norms, example norms) that gives them, or nothing
 Weights: TypeAlias = Tensor | Callable[[Tensor, Any, Any], Tensor] | None
@@ -40,6 +41,11 @@ class Plan(NamedTuple):
     has_aux: bool
     vectorize: bool
     chunk_size: int | None
+
+    def check_count(self, vector: Tensor) -> None:
+        """There must be as many weights as losses."""
+        if isinstance(self.weights, Tensor) and self.weights.shape != vector.shape:
+            raise ValueError(wrong_count(vector.shape[0], self.weights.numel()))
 
 
 def quiet() -> Callable[[], AbstractContextManager[Any]]:

@@ -5,7 +5,7 @@ The one module that writes to what it is given, and only in `write_grads`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -79,6 +79,7 @@ def write_grads(target: nn.Module | Mapping[str, Tensor] | Iterable[Tensor], gra
         tensor([[1., 1.]])
     """
     params = dict(target.named_parameters()) if isinstance(target, nn.Module) else target
+    params = list(params) if isinstance(params, Iterator) else params  # model.parameters()
     leaves, treedef = _tree.flatten(params)
     grad_leaves, grad_treedef = _tree.flatten(grads)
     if treedef != grad_treedef:

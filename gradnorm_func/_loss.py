@@ -35,8 +35,13 @@ def task_names(losses: PyTree) -> list[str]:
     return _tree.paths(losses)
 
 
-def task_vector(losses: PyTree, name: str = "losses") -> Tensor:
-    """Losses, or any other per-task numbers, as one (T,) tensor; refuses what is not T scalars."""
+def task_vector(losses: PyTree, name: str = "losses", dtype: torch.dtype | None = None) -> Tensor:
+    """Losses, or any other per-task numbers, as one (T,) tensor; refuses what is not T scalars.
+
+    `dtype` is for plain numbers alone, which would otherwise lose digits on their way to float64.
+    """
+    if not isinstance(losses, Tensor) and hasattr(losses, "__array__"):
+        losses = torch.as_tensor(losses, dtype=dtype)
     if isinstance(losses, Tensor):
         if losses.ndim == 0:
             raise ValueError(
@@ -47,7 +52,7 @@ def task_vector(losses: PyTree, name: str = "losses") -> Tensor:
             raise ValueError(f"{name} has shape {tuple(losses.shape)}: reduce it to one scalar per task, shape (T,)")
         return losses
     leaves, _ = _tree.flatten(losses)
-    tensors = [leaf if isinstance(leaf, Tensor) else torch.as_tensor(leaf) for leaf in leaves]
+    tensors = [leaf if isinstance(leaf, Tensor) else torch.as_tensor(leaf, dtype=dtype) for leaf in leaves]
     for path, leaf in zip(_tree.paths(losses), tensors, strict=True):
         if leaf.ndim != 0:
             raise ValueError(
@@ -56,6 +61,16 @@ def task_vector(losses: PyTree, name: str = "losses") -> Tensor:
     if not tensors:
         raise ValueError(f"{name} is empty: return one scalar per task")
     return torch.stack(tensors)
+
+
+def wrong_count(found: int, expected: int) -> str:
+    """What to say when the losses are not as many as the weights."""
+    if found < 2:
+        return f"loss_fn returned {found} loss: there is nothing to balance, return one scalar per task"
+    return (
+        f"loss_fn returned {found} losses, but the state was made for {expected} tasks: "
+        f"init_state({found}) makes one for them; a task absent from some batches is what mask= is for"
+    )
 
 
 class SharedLinear(NamedTuple):

@@ -38,6 +38,7 @@ def separable(loss: MultiTaskLoss, params: Any, batch: Any, plan: Plan) -> Measu
             values.append(value)
             auxes.append(box.fill(kept))
         vector = torch.stack(values)
+        plan.check_count(vector)
         # W first: only its leaves are needed with their task axis.
         task_grads = [torch.stack([row[own.index(i)] for row in rows]) for i in at] if plan.norms else []
         norms = row_norms(task_grads) if plan.norms else ()
