@@ -8,11 +8,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, vjp
+from torch.func import grad_and_value
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradnorm_func import _optim, _tree
-from gradnorm_func._engine import quiet
+from gradnorm_func._engine import quiet, vjp_aux
 from gradnorm_func._loss import LossFn, task_vector
 from gradnorm_func._rescale_adam import ScaleOptimizer, rescale_adam
 from gradnorm_func._step import choose
@@ -206,15 +206,15 @@ def gradinit_step(
     # torch's fused attention kernels have no second derivative.
     with silence(), sdpa_kernel(SDPBackend.MATH):
         moving = [scaled[i] for i in at]
-        grads, pull, loss = vjp(lambda moving: loss_and_grads(moving, batch), moving, has_aux=True)
+        grads, pull, loss = vjp_aux(lambda moving: loss_and_grads(moving, batch), moving)
         norm, cotangent = _norm(grads, p, None if loss_scale is None else factor)
         above = norm > gamma
         norm_grads = per_scale(pull(cotangent)[0]) / factor
         if form == "simple":
             objective, objective_grads = loss, per_scale(grads) / factor
         else:
-            step = cotangent if normalize or p == 1 else [grad / factor for grad in grads]
-            moved = [leaf - eta * part for leaf, part in zip(moving, step, strict=True)]
+            rate = eta if normalize or p == 1 else eta * norm
+            moved = [leaf - rate * part for leaf, part in zip(moving, cotangent, strict=True)]
             grads_after, after = loss_and_grads(moved, batch if batch_after is None else batch_after)
             objective, objective_grads = after / eta, per_scale(grads_after) / (factor * eta)
 
@@ -282,16 +282,15 @@ def _scalar(losses: Any, weights: Any) -> Tensor:
 
 def _norm(grads: Sequence[Tensor], p: int, factor: float | Tensor | None) -> tuple[Tensor, list[Tensor]]:
     """‖g‖_p of g = grads / factor, and ∂‖g‖_p/∂g: g/‖g‖₂ or sign(g). With a factor, leaves not finite count as 0."""
+    dtype = reduce(torch.promote_types, (grad.dtype for grad in grads), torch.float32)
+    wide = [grad.to(dtype) for grad in grads]
     if factor is not None:
-        grads = [torch.where(grad.isfinite().all(), grad / factor, 0.0) for grad in grads]
-    wide = reduce(torch.promote_types, (grad.dtype for grad in grads), torch.float32)
-    norm = torch.linalg.vector_norm(
-        torch.stack([torch.linalg.vector_norm(grad, p, dtype=wide) for grad in grads]), p
-    )  # fmt: skip
+        wide = [torch.where(grad.isfinite().all(), grad / factor, 0.0) for grad in wide]
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad, p) for grad in wide]), p)
     if p == 1:
-        return norm, [grad.sign() for grad in grads]
-    inverse = torch.where(norm > 0, 1 / torch.where(norm > 0, norm, 1.0), 0.0)
-    return norm, [(grad * inverse).to(grad.dtype) for grad in grads]
+        return norm, [part.sign().to(grad.dtype) for part, grad in zip(wide, grads, strict=True)]
+    length = torch.where(norm > 0, norm, 1.0)
+    return norm, [(part / length).to(grad.dtype) for part, grad in zip(wide, grads, strict=True)]
 
 
 def _dot(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -316,9 +315,10 @@ def _bounds(
     params: Any, scales: Tensor, min_scale: float, min_bias_scale: float, max_scale: float | None, biases: Where
 ) -> tuple[Tensor, float]:
     """(P,) least scales, and the greatest."""
-    named = lambda path: "bias" in path.rsplit(".", 1)[-1]
-    at = {i for i, path in enumerate(_tree.paths(params)) if named(path)} if biases is None else None
-    at = set(_tree.select(params, biases)) if at is None else at
+    if biases is None:
+        at = [i for i, path in enumerate(_tree.paths(params)) if "bias" in path.rsplit(".", 1)[-1]]
+    else:
+        at = _tree.select(params, biases)
     # Filled on the device: a tensor made of a Python list would be a copy from the host that the host waits for.
     low = [torch.full_like(scales[0], min_bias_scale if i in at else min_scale) for i in range(scales.shape[0])]
     return torch.stack(low), float("inf") if max_scale is None else max_scale
