@@ -111,7 +111,7 @@ def torchjd(case: Case, leaves: dict[str, torch.Tensor]) -> Step:
     """Jacobian of all losses at the shared parameters, and the heads' gradients; no balancing on top."""
     from torchjd.autojac import mtl_backward
 
-    heads = case.loss.head_list()[0]
+    heads = case.loss.functions
 
     def step() -> None:
         for leaf in leaves.values():

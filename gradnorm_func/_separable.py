@@ -19,13 +19,12 @@ def separable(loss: MultiTaskLoss, params: Any, batch: Any, plan: Plan) -> Measu
     """All that `plan` asks for, of T losses that share nothing but the parameters."""
     leaves, treedef = _tree.flatten(params)
     at = plan.at if plan.at is not None else list(range(len(leaves)))
-    functions, structure = loss.head_list()
     # Only what is asked for is differentiated: without weights, W alone.
     own = at if plan.weights is None else list(range(len(leaves)))
     rows: list[list[Tensor]] = []
     values, auxes = [], []
     with quiet()():
-        for function in functions:
+        for function in loss.functions:
             box = AuxBox()
 
             def evaluate(own_leaves: list[Tensor], function: Any = function, box: AuxBox = box) -> Any:
@@ -51,11 +50,11 @@ def separable(loss: MultiTaskLoss, params: Any, batch: Any, plan: Plan) -> Measu
                 for column in zip(*rows, strict=True)
             ]
     return Measured(
-        _tree.unflatten(structure, values),
+        loss.structure(values),
         vector,
         norms,
         (),
         task_grads if plan.task_grads else (),
         grads,
-        ((), _tree.unflatten(structure, auxes)) if plan.has_aux else (),
+        ((), loss.structure(auxes)) if plan.has_aux else (),
     )
