@@ -308,7 +308,7 @@ def test_half_precision_needs_loss_scaling():
     exact = torch.func.grad(lambda w: (x.double() @ w).square().mean() * 1e-7)(params["w"].double())
     assert info.grad_norm.item() == pytest.approx(exact.norm().item(), rel=0.02)
     assert state.scales.dtype == torch.float32
-    assert state.scales.item() == pytest.approx(0.99)
+    assert 0.98 < state.scales.item() < 1
 
 
 def test_a_gradient_that_overflows_is_left_out_of_the_norm():
@@ -349,14 +349,14 @@ def test_no_finite_gradient_is_an_error():
 # Conformance.
 
 
-@pytest.mark.parametrize("optimizer", [None, gn.adam(0.02), gn.sgd(0.1)])
+@pytest.mark.parametrize("optimizer", [None, gn.adam(0.02), gn.sgd(0.003)])
 @pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize("form", ["paper", "simple"])
 def test_compiled_is_eager_in_one_graph(form, p, optimizer):
     params, batch = small()
     gamma = float(0.9 * run(params, small_loss, [batch], p=p)[1][0].grad_norm)
     step = lambda state, params, batch: gn.gradinit_step(
-        state, params, small_loss, batch, form=form, p=p, gamma=gamma, optimizer=optimizer
+        state, params, small_loss, batch, form=form, p=p, gamma=gamma, eta=0.1, optimizer=optimizer
     )
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, backend=counter)
