@@ -150,7 +150,8 @@ def balance(
             the first.
         mask: the tasks present in this batch, (T,) bool or a pytree like the losses. Absent tasks keep weight,
             L(0) and moments; the present ones share what remains of the sum. A tensor that is False everywhere
-            leaves the state as it was.
+            leaves the state as it was. The gradient of an absent loss is multiplied by 0, and 0 times NaN is NaN:
+            let a missing label be any number, not NaN.
         update: False, or a 0-d bool tensor that is False, freezes the state.
 
     Returns:
@@ -193,7 +194,8 @@ def balance(
     if burn_in is not None:
         unset = unset | (state.step == burn_in)
     initial = torch.where(usable, torch.where(unset, losses, initial), state.initial_losses)
-    ratios = torch.where(initial.isnan(), 1.0, losses / initial)
+    known = ~initial.isnan()
+    ratios = torch.where(known, losses / torch.where(known, initial, 1.0), 1.0)
     mean_ratio = mean(ratios)
     rates = torch.where(mean_ratio == 0, 1.0, ratios / torch.where(mean_ratio == 0, 1.0, mean_ratio))
 

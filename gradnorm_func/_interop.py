@@ -91,7 +91,9 @@ def write_grads(target: nn.Module | Mapping[str, Tensor] | Iterable[Tensor], gra
         if leaf.shape != grad.shape:
             raise ValueError(f"grads[{path!r}] has shape {tuple(grad.shape)}, the parameter {tuple(leaf.shape)}")
     for leaf, grad in zip(leaves, grad_leaves, strict=True):
-        leaf.grad = grad.detach().to(leaf.dtype)
+        new = grad.detach().to(leaf.dtype)
+        # In the layout of the parameter, as autograd would write it: fused optimizers read the memory as it lies.
+        leaf.grad = new if new.stride() == leaf.stride() else torch.empty_like(leaf).copy_(new)
 
 
 def state_dict(state: Any) -> dict[str, Tensor]:

@@ -170,7 +170,9 @@ class _Pass:
             if self.plain and not self.watching:
                 for w in ws:
                     self.read_by_heads |= _ownership.read_by([vector], _tree.replace(base, self.direct, w))
-            return vector, self.heads_box.strip(self.loss.structure([aux for _, aux in outs]))
+            return vector, self.heads_box.strip(
+                self.loss.structure([aux for _, aux in outs]) if self.plan.has_aux else ()
+            )
 
         w = [self.leaves[i] for i in self.direct]
         count = len(heads)
@@ -235,10 +237,9 @@ class _Pass:
             norms, example_norms = _norms_at_z(z_grads)
             task_grads = [_stack(leaf) for leaf in z_grads] if plan.task_grads else []
         if isinstance(plan.weights, Tensor) and plan.norms:  # undo the weights that the cotangents carried
-            size = scale.abs().to(norms.dtype)
-            norms = norms / size
-            example_norms = example_norms / size if isinstance(example_norms, Tensor) else ()
-            task_grads = [grad / _as_column(scale, grad) for grad in task_grads]
+            norms = _unweighted(norms, scale.abs())
+            example_norms = _unweighted(example_norms, scale.abs()) if isinstance(example_norms, Tensor) else ()
+            task_grads = [_unweighted(grad, scale) for grad in task_grads]
         elif callable(plan.weights):
             scale = plan.weights(vector, norms, example_norms).to(vector.dtype)
             z_grads = [_scaled(leaf, scale) for leaf in z_grads]
@@ -308,6 +309,13 @@ def _scaled(leaf: PerTask, scale: Tensor) -> PerTask:
     if isinstance(leaf, Tensor):
         return leaf * _as_column(scale, leaf)
     return [weight * grad for weight, grad in zip(scale.unbind(), leaf, strict=True)]
+
+
+def _unweighted(rows: Tensor, scale: Tensor) -> Tensor:
+    """Rows (T, ...) of sizes that carry a weight, without it; NaN where it was 0, but with a derivative that is not."""
+    size = _as_column(scale, rows)
+    used = size != 0
+    return torch.where(used, rows / torch.where(used, size, 1.0), torch.nan)
 
 
 def _as_column(scale: Tensor, rows: Tensor) -> Tensor:

@@ -78,19 +78,23 @@ def balancer(
         present = mask_vector(mask, state.weights)
         weights = state.weights if present is None else state.weights * present
 
-        def choose(losses: Tensor, grad_norms: Any, example_norms: Any) -> Tensor:
+        def weights_now(losses: Tensor, grad_norms: Any, example_norms: Any) -> Tensor:
             seen = TaskStats(losses, grad_norms, example_norms)
             chosen: Tensor = balance(state, seen, mask=mask, update=update)[1].weights
             return chosen if present is None else chosen * present
 
         wanted = norms and update is not False
         out = measure(
-            params, loss_fn, batch, weights=choose if same_step and wanted else weights, where=where, norms=wanted,
+            params, loss_fn, batch, weights=weights_now if same_step and wanted else weights, where=where, norms=wanted,
             norms_only=True, has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size,
         )  # fmt: skip
         stats, aux = out if has_aux else (out, ())
-        state, info = balance(state, stats._replace(grads=()), mask=mask, update=update)
-        return (stats.grads, state, info, aux) if has_aux else (stats.grads, state, info)
+        new, info = balance(state, stats._replace(grads=()), mask=mask, update=update)
+        if present is not None and hasattr(info, "finite"):
+            # An absent loss may be NaN, but then 0 * NaN may have got into the gradients.
+            sound = torch.stack([leaf.isfinite().all() for leaf in flatten(stats.grads)[0]]).all()
+            new, info = choose(sound, new, state), info._replace(finite=info.finite & sound)
+        return (stats.grads, new, info, aux) if has_aux else (stats.grads, new, info)
 
     def update(
         state: Any, params: Any, loss_fn: LossFn, batch: Any, *, mask: Any = None, update: bool | Tensor = True,
