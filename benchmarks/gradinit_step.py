@@ -71,8 +71,8 @@ def autograd_step(params: dict[str, Tensor], batch: Any) -> Callable[[], Any]:
     return lambda: torch.autograd.grad(loss_fn(leaves, batch), list(leaves.values()))
 
 
-def package_step(net: nn.Module, batch: Any) -> Callable[[], Any] | None:
-    """One iteration of the gradinit package's recommended loop."""
+def package_step(net: nn.Module, batch: Any) -> tuple[Callable[[], Any], Callable[[], None]] | None:
+    """One iteration of the gradinit package's recommended loop, and what ends it."""
     try:
         from gradinit import GradInitWrapper
     except ImportError:
@@ -88,7 +88,7 @@ def package_step(net: nn.Module, batch: Any) -> Callable[[], Any] | None:
         optimizer.step()
         wrapper.clamp_scales()
 
-    return step
+    return step, wrapper.detach
 
 
 def timings(steps: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
@@ -134,7 +134,7 @@ def main() -> None:
     steps["torch.autograd.grad, eager"] = autograd_step(params, batch)
     package = package_step(net, batch)
     if package is not None:
-        steps["gradinit package, eager"] = package
+        steps["gradinit package, eager"] = package[0]
     median = timings(steps, options.rounds, time.thread_time if options.cpu_time else time.perf_counter)
 
     print(f"{options.depth} layers of width {options.width}, batch {options.batch}, torch {torch.__version__}")
@@ -144,6 +144,8 @@ def main() -> None:
         base = "torch.autograd.grad, eager" if name.startswith(("gradinit package", "torch.autograd")) else base
         ratio, memory = time_taken / median[base], peak_memory(steps[name])
         print(f"{name:36} {time_taken:8.3f} {ratio:7.2f} {memory:9.2f}   {base}")
+    if package is not None:
+        package[1]()  # or the interpreter may abort at exit
 
 
 if __name__ == "__main__":

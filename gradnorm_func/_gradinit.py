@@ -209,7 +209,7 @@ def gradinit_step(
         grads, pull, loss = vjp_aux(lambda moving: loss_and_grads(moving, batch), moving)
         norm, cotangent = _norm(grads, p, None if loss_scale is None else factor)
         above = norm > gamma
-        norm_grads = per_scale(pull(cotangent)[0]) / factor
+        norm_grads = per_scale(pull(cotangent, retain_graph=False)[0]) / factor  # once only: let it free as it goes
         if form == "simple":
             objective, objective_grads = loss, per_scale(grads) / factor
         else:
