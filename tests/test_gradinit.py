@@ -376,9 +376,19 @@ def test_compiled_is_eager_in_one_graph(form, p, optimizer):
 @pytest.mark.parametrize("case", CASES)
 def test_models_compile(case):
     params, loss_fn = problem(case)
-    minis = gradinit_cases.minibatches(case, 6)
-    eager = gn.gradinit(params, loss_fn, minis, steps=2, progress=False)
-    compiled = gn.gradinit(params, loss_fn, minis, steps=2, progress=False, compile=True)
+    first, second = gradinit_cases.minibatches(case, 2)
+    state = gn.gradinit_init_state(params)
+    step = lambda state, params, batch, after: gn.gradinit_step(state, params, loss_fn, batch, batch_after=after)
+    eager = step(state, params, first, second)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(state, params, first, second)
+    torch.testing.assert_close(compiled, eager, rtol=1e-8, atol=1e-8)
+
+
+def test_the_whole_procedure_compiles():
+    params, batch = small()
+    halves = [(batch[0][:3], batch[1][:3]), (batch[0][3:6], batch[1][3:6])]
+    eager = gn.gradinit(params, small_loss, halves, steps=3, progress=False)
+    compiled = gn.gradinit(params, small_loss, halves, steps=3, progress=False, compile=True)
     torch.testing.assert_close(compiled[2], eager[2], rtol=1e-8, atol=1e-8)
 
 

@@ -236,14 +236,19 @@ def compare(nets: Sequence[str], seeds: Sequence[int], steps: int, init_steps: i
 def table(results: Sequence[Result]) -> str:
     """One line for each net, optimizer and initialisation."""
     seeds = results[0].runs[INITS[0]].test.shape[1]
-    lines = [f"{'':10} {'':5} {'':9} {'test accuracy, %':>18} {'at its best':>12}  diverged at its best, at all rates"]
+    lines = [f"{'':10} {'':5} {'':9} {'test accuracy, %':>18} {'at':>12} {'diverged':>12} {'at all rates':>12}"]
     for result in results:
         for init, run in result.runs.items():
             test, diverged = run.test[run.best], run.diverged
             spread = f" ± {test.std():.1f}" if seeds > 1 else ""
             accuracy, rate = f"{test.mean():.1f}{spread}", f"lr {RATES[result.optimizer][run.best]:g}"
-            gone = f"{int(diverged[run.best].sum()):>2} of {seeds:<2}          {int(diverged.sum()):>2} of {diverged.numel()}"
-            lines.append(f"{result.net:10} {result.optimizer:5} {init:9} {accuracy:>18} {rate:>12}  {gone}")
+            at_best, at_all = (
+                f"{int(diverged[run.best].sum())} of {seeds}",
+                f"{int(diverged.sum())} of {diverged.numel()}",
+            )
+            lines.append(
+                f"{result.net:10} {result.optimizer:5} {init:9} {accuracy:>18} {rate:>12} {at_best:>12} {at_all:>12}"
+            )
     return "\n".join(lines)
 
 
