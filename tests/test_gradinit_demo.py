@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from gradnorm_func.demo import gradinit  # noqa: E402
+from gradnorm_func.demo import gradinit
 
 
 def test_it_runs_and_reports(tmp_path, capsys):

@@ -69,7 +69,7 @@ class Plain(nn.Module):
 class PostLN(nn.Module):
     """Twelve Post-LN transformer layers over the eight rows of an image, torch's default initialisation."""
 
-    def __init__(self, depth: int = 12, width: int = 24) -> None:
+    def __init__(self, depth: int = 12, width: int = 16) -> None:
         super().__init__()
         self.embed = nn.Linear(8, width)
         self.position = nn.Parameter(0.02 * torch.randn(8, width))
@@ -267,9 +267,7 @@ def draw_figure(path: str, results: Sequence[Result]) -> None:
             norm, loss, accuracy = row
             norm.plot(result.history.grad_norm.numpy(), color=colours["GradInit"], linewidth=0.9, alpha=0.8)
             norm.axhline(result.gamma, color="0.4", linestyle="--", linewidth=1)
-            norm.annotate(
-                r"$\gamma$", (1, result.gamma), (3, 0), ("axes fraction", "data"), "offset points", va="center"
-            )
+            norm.text(1.01, result.gamma, r"$\gamma$", transform=norm.get_yaxis_transform(), va="center")
             norm.set_yscale("log")
             title = NETS[result.net][0]
             norm.set_ylabel(f"{title}\n{result.optimizer}", fontweight="bold")
@@ -288,8 +286,8 @@ def draw_figure(path: str, results: Sequence[Result]) -> None:
                 for place, gone, height in zip(places, run.diverged.sum(1), run.test.mean(1), strict=True):
                     if gone:
                         accuracy.annotate(
-                            f"{int(gone)} of {seeds}\ndiverged", (float(place), float(height)), (0, 7), None,
-                            "offset points", ha="center", fontsize=8, color=colours[init],
+                            f"{int(gone)} of {seeds}\ndiverged", (float(place), float(height)), xytext=(0, 7),
+                            textcoords="offset points", ha="center", fontsize=8, color=colours[init],
                         )  # fmt: skip
             loss.axhline(GUESSING, color="0.4", linestyle="--", linewidth=1, zorder=0)
             loss.set_yscale("log")
@@ -324,7 +322,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"which of {', '.join(NETS)} (default: residual post-ln)")  # fmt: skip
     parser.add_argument("--seeds", type=at_least(1), default=5, metavar="N", help="runs of each kind (default: 5)")
     parser.add_argument("--steps", type=at_least(20), default=200, help="training steps (default: 200)")
-    parser.add_argument("--init-steps", type=at_least(1), default=120, help="steps of GradInit (default: 120)")
+    parser.add_argument("--init-steps", type=at_least(1), default=100, help="steps of GradInit (default: 100)")
     parser.add_argument("--scale-lr", type=float, default=0.01, help="learning rate of the scales (default: 0.01)")
     parser.add_argument("--out", default="gradinit.png", metavar="FILE", help="the figure (default: gradinit.png)")
 
