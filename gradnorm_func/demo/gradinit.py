@@ -275,9 +275,9 @@ def draw_figure(path: str, results: Sequence[Result]) -> None:
                 curves = smooth(run.losses[:, run.best], 10)
                 loss.plot(curves.numpy(), color=colours[init], linewidth=0.7, alpha=0.45)
                 rate = RATES[result.optimizer][run.best]
-                loss.plot(
-                    curves.median(1).values.numpy(), color=colours[init], linewidth=2, label=f"{init}, lr {rate:g}"
-                )
+                count = int(run.diverged[run.best].sum())
+                label = f"{init}, lr {rate:g}" + (f" ({count} diverged)" if count else "")
+                loss.plot(curves.median(1).values.numpy(), color=colours[init], linewidth=2, label=label)
                 places = torch.arange(len(run.test)).double() + 0.07 * shift
                 accuracy.plot(places, run.test.mean(1), color=colours[init], marker="o", label=init)
                 seeds = run.test.shape[1]
