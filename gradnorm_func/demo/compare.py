@@ -256,4 +256,4 @@ def main(options: Any) -> None:
         print(f"± is the standard deviation over {len(seeds)} seeds.")
     names = [digits.METRICS[task][0] for task in ORDER]
     shown = {result.method.name: result.history for result in results if result.method.name != STATIC}
-    figure.digits(options.out, shown, names)
+    figure.digits(options.out, shown, names, seed=seeds[0])
