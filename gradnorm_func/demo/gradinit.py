@@ -290,6 +290,9 @@ def draw_figure(path: str, results: Sequence[Result]) -> None:
                             textcoords="offset points", ha="center", fontsize=8, color=colours[init],
                         )  # fmt: skip
             loss.axhline(GUESSING, color="0.4", linestyle="--", linewidth=1, zorder=0)
+            loss.text(
+                1, GUESSING, "guessing", transform=loss.get_yaxis_transform(), ha="right", va="bottom", fontsize=8
+            )
             loss.set_yscale("log")
             loss.set_ylim(3e-3, 30)
             loss.legend(fontsize=8, loc="lower left")
@@ -307,8 +310,8 @@ def draw_figure(path: str, results: Sequence[Result]) -> None:
         figure.savefig(path, dpi=130)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this demo."""
+def add_arguments(parser: argparse.ArgumentParser, path: Callable[[str], str] = str) -> None:
+    """The options of this demo; `path` converts the name of the figure."""
 
     def at_least(low: int) -> Callable[[str], int]:
         def convert(text: str) -> int:
@@ -318,13 +321,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
         return convert
 
-    parser.add_argument("--nets", nargs="+", choices=list(NETS), default=["residual", "post-ln"], metavar="NET",
-                        help=f"which of {', '.join(NETS)} (default: residual post-ln)")  # fmt: skip
+    def rate(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 0 < value <= 1:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0 and at most 1")
+        return value
+
+    names = list(NETS)
+    parser.add_argument("--nets", nargs="+", choices=names, default=names[:2], metavar="NET",
+                        help=f"which of {', '.join(names)} (default: {' '.join(names[:2])})")  # fmt: skip
     parser.add_argument("--seeds", type=at_least(1), default=5, metavar="N", help="runs of each kind (default: 5)")
     parser.add_argument("--steps", type=at_least(20), default=200, help="training steps (default: 200)")
     parser.add_argument("--init-steps", type=at_least(1), default=100, help="steps of GradInit (default: 100)")
-    parser.add_argument("--scale-lr", type=float, default=0.01, help="learning rate of the scales (default: 0.01)")
-    parser.add_argument("--out", default="gradinit.png", metavar="FILE", help="the figure (default: gradinit.png)")
+    parser.add_argument("--scale-lr", type=rate, default=0.01, metavar="LR", help="of the scales (default: 0.01)")
+    parser.add_argument("--out", type=path, default="gradinit.png", metavar="FILE",
+                        help="the figure (default: gradinit.png)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
