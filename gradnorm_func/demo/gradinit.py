@@ -112,6 +112,12 @@ class Run(NamedTuple):
         return ~(last <= GUESSING + 0.1)
 
     @property
+    def stuck(self) -> Tensor:
+        """(R, S): not diverged, but the loss ends at that of guessing."""
+        last = self.losses[-20:].mean(0)
+        return ~self.diverged & (last > GUESSING - 0.1)
+
+    @property
     def best(self) -> int:
         """The learning rate that the validation split chooses."""
         return int(self.valid.mean(1).argmax())
@@ -236,19 +242,19 @@ def compare(nets: Sequence[str], seeds: Sequence[int], steps: int, init_steps: i
 def table(results: Sequence[Result]) -> str:
     """One line for each net, optimizer and initialisation."""
     seeds = results[0].runs[INITS[0]].test.shape[1]
-    lines = [f"{'':10} {'':5} {'':9} {'test accuracy, %':>18} {'at':>12} {'diverged':>12} {'at all rates':>12}"]
+    head = ["net", "", "", "test accuracy, %", "at", "diverged there, of all", "stuck there, of all"]
+    form = "{:10} {:5} {:8} {:>16} {:>9} {:>24} {:>24}"
+    lines = [form.format(*head)]
     for result in results:
         for init, run in result.runs.items():
-            test, diverged = run.test[run.best], run.diverged
-            spread = f" ± {test.std():.1f}" if seeds > 1 else ""
-            accuracy, rate = f"{test.mean():.1f}{spread}", f"lr {RATES[result.optimizer][run.best]:g}"
-            at_best, at_all = (
-                f"{int(diverged[run.best].sum())} of {seeds}",
-                f"{int(diverged.sum())} of {diverged.numel()}",
-            )
-            lines.append(
-                f"{result.net:10} {result.optimizer:5} {init:9} {accuracy:>18} {rate:>12} {at_best:>12} {at_all:>12}"
-            )
+            test = run.test[run.best]
+            accuracy = f"{test.mean():.1f}" + (f" ± {test.std():.1f}" if seeds > 1 else "")
+            rate = f"lr {RATES[result.optimizer][run.best]:g}"
+            bad = [
+                f"{int(which[run.best].sum())} of {seeds}, {int(which.sum())} of {which.numel()}"
+                for which in (run.diverged, run.stuck)
+            ]
+            lines.append(form.format(result.net, result.optimizer, init, accuracy, rate, *bad))
     return "\n".join(lines)
 
 
@@ -283,12 +289,13 @@ def draw_figure(path: str, results: Sequence[Result]) -> None:
                 seeds = run.test.shape[1]
                 dots = {"color": colours[init], "alpha": 0.5, "markersize": 5}
                 accuracy.plot(places.repeat_interleave(seeds), run.test.flatten(), ".", **dots)
-                for place, gone, height in zip(places, run.diverged.sum(1), run.test.mean(1), strict=True):
-                    if gone:
-                        accuracy.annotate(
-                            f"{int(gone)} of {seeds}\ndiverged", (float(place), float(height)), xytext=(0, 7),
-                            textcoords="offset points", ha="center", fontsize=8, color=colours[init],
-                        )  # fmt: skip
+                for k, place in enumerate(places.tolist()):
+                    counts = {"diverged": int(run.diverged[k].sum()), "stuck": int(run.stuck[k].sum())}
+                    accuracy.annotate(
+                        "\n".join(f"{count} {word}" for word, count in counts.items() if count),
+                        (place, float(run.test[k].mean())), xytext=(25 * shift, 6), textcoords="offset points",
+                        ha="center", fontsize=8, color=colours[init],
+                    )  # fmt: skip
             loss.axhline(GUESSING, color="0.4", linestyle="--", linewidth=1, zorder=0)
             loss.text(
                 1, GUESSING, "guessing", transform=loss.get_yaxis_transform(), ha="right", va="bottom", fontsize=8
@@ -298,7 +305,7 @@ def draw_figure(path: str, results: Sequence[Result]) -> None:
             loss.legend(fontsize=8, loc="lower left")
             accuracy.set_xticks(range(len(run.test)), [f"{rate:g}" for rate in RATES[result.optimizer]])
             accuracy.set_ylim(0, 102)
-            accuracy.set_xlim(-0.4, len(run.test) - 0.6)
+            accuracy.set_xlim(-0.5, len(run.test) - 0.5)
         for ax, text in zip(
             axes[0],
             ("gradient norm during GradInit", "training loss, best learning rate", "test accuracy (%)"),
@@ -346,5 +353,5 @@ def run(args: argparse.Namespace) -> None:
     results = compare(args.nets, range(args.seeds), args.steps, args.init_steps, args.scale_lr)
     print(table(results))
     print("Accuracy: mean ± standard deviation over the seeds, at the learning rate that the validation split chooses.")
-    print("Diverged: the training loss ends not finite, or above that of guessing.")
+    print("Diverged: the training loss ends not finite, or above that of guessing. Stuck: it ends at that of guessing.")
     draw_figure(args.out, results)
