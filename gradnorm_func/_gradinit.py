@@ -128,7 +128,8 @@ def gradinit_step(
     Args:
         state: from `gradinit_init_state`, made with the same optimizer.
         params: pytree of floating-point tensors, :math:`\theta^0`: the same in every step. Nothing is written to it.
-            A tensor that stands at several paths is one parameter with one scale.
+            A tensor that stands at several paths is one parameter with one scale (inside `vmap` it cannot be told:
+            tie it in loss_fn).
         loss_fn: `loss_fn(params, batch)`, a scalar, or T losses as in `measure`. A model is evaluated as it stands:
             switch dropout off; let batch norm use the batch's statistics (train mode, through `functional`).
         batch: S.
