@@ -92,7 +92,7 @@ def gradnorm(alpha: float, weight_lr: float) -> Method:
     def start(balancer: gn.Balancer, losses: Tensor) -> Any:
         return balancer.init(len(losses), weights=inverse(losses), initial_losses=losses)
 
-    return Method(GRADNORM, f"alpha = {alpha:.3g}", balancer, start)
+    return Method(GRADNORM, f"alpha = {alpha:.3g}, in log space from w = 1/L(0)", balancer, start)
 
 
 def fixed_ratio(ratios: Tensor, setting: str) -> Method:
@@ -249,7 +249,8 @@ def main(options: Any) -> None:
     for result in results:
         how = f"best of {result.tried}" if result.tried else "no search"
         print(f"  {result.method.name:14} {result.method.setting} ({how})")
-    print(f"  (factors in the order {', '.join(digits.METRICS[task][0] for task in ORDER)})")
+    if any(" x " in result.method.setting for result in results):
+        print(f"  (factors in the order {', '.join(digits.METRICS[task][0] for task in ORDER)})")
     print(f"\n{table(results)}\n")
     print(verdict(results))
     if len(seeds) > 1:

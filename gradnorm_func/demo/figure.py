@@ -70,14 +70,8 @@ def digits(path: str, histories: dict[str, Any], tasks: Sequence[str], *, seed: 
             ax.set_xlabel(f"training step (seed {seed}, mean of {width} steps)")
         for row in axes:
             row[1].axhline(100 / len(tasks), color="0.6", linewidth=5, alpha=0.5, zorder=0)
-        note: Any = {
-            "transform": axes[0, 1].get_yaxis_transform(),
-            "ha": "right",
-            "va": "top",
-            "color": "0.4",
-            "fontsize": 9,
-        }
-        axes[0, 1].text(0.99, 85 / len(tasks), "equal share", **note)
+        first = axes[0, 1]
+        first.text(0.99, 0.03, "grey: equal share", transform=first.transAxes, ha="right", color="0.4", fontsize=9)
         figure.legend(lines, tasks, loc="outside upper center", ncols=len(tasks), handlelength=2.8, columnspacing=1.4)
         figure.savefig(path, dpi=130)
 
