@@ -185,7 +185,9 @@ def gradinit_step(
     at = [i for i in range(len(leaves)) if first[i] == i and i not in still]  # what training will move
     if not chosen & set(at):
         raise ValueError(f"where={where!r} and frozen={frozen!r} leave nothing to scale: name less in frozen")
-    scaled = [state.scales[first[i]] * leaf for i, leaf in enumerate(leaves)]
+    silence = quiet()
+    with silence():
+        scaled = [state.scales[first[i]] * leaf for i, leaf in enumerate(leaves)]
     factor = 1.0 if loss_scale is None else loss_scale
 
     def loss_and_grads(moving: list[Tensor], data: Any) -> tuple[list[Tensor], Tensor]:
@@ -203,7 +205,6 @@ def gradinit_step(
         zero = torch.zeros_like(state.scales[0])
         return torch.stack([found.get(i, zero) for i in first])
 
-    silence = quiet()
     # torch's fused attention kernels have no second derivative.
     with silence(), sdpa_kernel(SDPBackend.MATH):
         moving = [scaled[i] for i in at]
