@@ -115,7 +115,9 @@ def torchjd(case: Case, leaves: dict[str, torch.Tensor]) -> Step:
 
     def step() -> None:
         for leaf in leaves.values():
-            leaf.grad = leaf.jac = None
+            leaf.grad = None
+            if hasattr(leaf, "jac"):  # it accumulates there, and does not take None
+                del leaf.jac
         z, _, _ = case.loss.shared(leaves, case.batch)
         mtl_backward([head(leaves, z, case.batch) for head in heads], features=z)
 
