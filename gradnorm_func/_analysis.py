@@ -58,6 +58,7 @@ def task_grad_norms(
     batch: Any,
     *,
     where: Where = None,
+    has_aux: bool = False,
     vectorize: bool = True,
     chunk_size: int | None = None,
 ) -> Tensor:
@@ -65,6 +66,7 @@ def task_grad_norms(
 
     Args:
         loss_fn, params, batch, where, vectorize, chunk_size: as in `measure`.
+        has_aux: then `loss_fn` returns (losses, aux), and the aux is dropped.
 
     Returns:
         (T,) in task order (`gn.task_names`), at least float32.
@@ -78,7 +80,9 @@ def task_grad_norms(
         >>> gn.task_grad_norms(loss_fn, torch.ones(2), 2.0)
         tensor([10.,  0.])
     """
-    measured = run_engine(loss_fn, params, batch, where=where, vectorize=vectorize, chunk_size=chunk_size)
+    measured = run_engine(
+        loss_fn, params, batch, where=where, has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size
+    )
     norms: Tensor = measured.grad_norms
     return norms
 
@@ -89,6 +93,7 @@ def task_gramian(
     batch: Any,
     *,
     where: Where = None,
+    has_aux: bool = False,
     vectorize: bool = True,
     chunk_size: int | None = None,
 ) -> Tensor:
@@ -96,6 +101,7 @@ def task_gramian(
 
     Args:
         loss_fn, params, batch, where, vectorize, chunk_size: as in `measure`.
+        has_aux: then `loss_fn` returns (losses, aux), and the aux is dropped.
 
     Returns:
         (T, T), symmetric, at least float32.
@@ -111,8 +117,9 @@ def task_gramian(
                 [1., 2.]])
     """
     measured = run_engine(
-        loss_fn, params, batch, where=where, task_grads=True, vectorize=vectorize, chunk_size=chunk_size
-    )
+        loss_fn, params, batch, where=where, task_grads=True,
+        has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size,
+    )  # fmt: skip
     gram: Tensor | None = None
     for leaf in measured.task_grads:
         rows = leaf.reshape(leaf.shape[0], -1).to(torch.promote_types(leaf.dtype, torch.float32))
@@ -127,6 +134,7 @@ def task_cosine_similarity(
     batch: Any,
     *,
     where: Where = None,
+    has_aux: bool = False,
     vectorize: bool = True,
     chunk_size: int | None = None,
 ) -> Tensor:
@@ -134,6 +142,7 @@ def task_cosine_similarity(
 
     Args:
         loss_fn, params, batch, where, vectorize, chunk_size: as in `measure`.
+        has_aux: then `loss_fn` returns (losses, aux), and the aux is dropped.
 
     Returns:
         (T, T) in [-1, 1], ones on the diagonal; 0 in the row and column of a task whose gradient is exactly zero.
@@ -148,7 +157,9 @@ def task_cosine_similarity(
         tensor([[ 1., -1.],
                 [-1.,  1.]])
     """
-    gram = task_gramian(loss_fn, params, batch, where=where, vectorize=vectorize, chunk_size=chunk_size)
+    gram = task_gramian(
+        loss_fn, params, batch, where=where, has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size
+    )
     norms = _tree.safe_sqrt(gram.diagonal())
     scale = torch.where(norms > 0, 1 / torch.where(norms > 0, norms, 1.0), 0.0)
     # Rounding must not make a cosine of more than 1.

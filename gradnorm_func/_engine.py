@@ -8,10 +8,12 @@ from functools import reduce
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.func import vjp, vmap
 
 from gradnorm_func import _tree
+from gradnorm_func._loss import wrong_count
 
 # of the sum to differentiate: (T,), or a function of (losses, norms, example norms) that gives them, or nothing
 Weights: TypeAlias = Tensor | Callable[[Tensor, Any, Any], Tensor] | None
@@ -53,6 +55,11 @@ class Plan(NamedTuple):
     chunk_size: int | None
     exchange: Exchange | None = None
 
+    def check_count(self, vector: Tensor) -> None:
+        """There must be as many weights as losses."""
+        if isinstance(self.weights, Tensor) and self.weights.shape != vector.shape:
+            raise ValueError(wrong_count(vector.shape[0], self.weights.numel()))
+
 
 def quiet() -> Callable[[], AbstractContextManager[Any]]:
     """What keeps autograd from recording, unless a surrounding transform is to differentiate through it.
@@ -79,7 +86,11 @@ def pull_all(pull: Callable[[Any], Any], cotangents: Any, plan: Plan) -> Any:
 
 
 class AuxBox:
-    """Carries aux past torch.func, which takes only tensors: the rest of it stays behind and is put back."""
+    """Carries aux past torch.func, which takes only tensors: the rest of it stays behind and is put back.
+
+    By torch's own pytree, for the order of leaves does not matter here, and Dynamo knows it better: of a dict with no
+    leaves, which an aux may well be, optree's flatten does not trace.
+    """
 
     def __init__(self) -> None:
         self.leaves: list[Any] = []
@@ -87,7 +98,7 @@ class AuxBox:
 
     def strip(self, aux: Any) -> list[Tensor]:
         """The tensors of aux; everything else is remembered."""
-        self.leaves, self.treedef = _tree.flatten(aux)
+        self.leaves, self.treedef = pytree.tree_flatten(aux)
         tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
         self.leaves = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in self.leaves]
         return tensors
@@ -95,7 +106,7 @@ class AuxBox:
     def fill(self, tensors: list[Tensor]) -> Any:
         """aux, with these tensors in place."""
         rest = iter(tensors)
-        return _tree.unflatten(self.treedef, [next(rest) if leaf is None else leaf[0] for leaf in self.leaves])
+        return pytree.tree_unflatten([next(rest) if leaf is None else leaf[0] for leaf in self.leaves], self.treedef)
 
 
 def split_aux(out: Any, has_aux: bool, name: str = "loss_fn") -> tuple[Any, Any]:

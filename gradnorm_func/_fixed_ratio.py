@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradnorm_func._loss import task_vector
 from gradnorm_func._stats import TaskStats
-from gradnorm_func._step import Balancer, balancer, choose, mask_vector, vectors
+from gradnorm_func._step import Balancer, balancer, check_state, choose, constant, mask_vector, vectors
 from gradnorm_func._tree import Where
 
 
@@ -97,7 +97,8 @@ def fixed_ratio(
     def balance(
         state: FixedRatioState, stats: TaskStats, *, mask: Any = None, update: bool | Tensor = True
     ) -> tuple[FixedRatioState, FixedRatioInfo]:
-        losses, grad_norms = vectors(state, stats)
+        check_state(state, FixedRatioState, "gn.fixed_ratio(...).init(T)")
+        losses, grad_norms = vectors(state, stats, needed=update is not False)
         present = mask_vector(mask, losses)
         here = torch.ones_like(losses, dtype=torch.bool) if present is None else present
         if update is False:
@@ -108,7 +109,7 @@ def fixed_ratio(
             )
         seen = grad_norms
         if per_example and isinstance(stats.example_norms, Tensor):
-            seen = stats.example_norms.to(losses.dtype)
+            seen = constant(stats.example_norms.to(losses.dtype))
         sums = torch.where(here, decay * state.norm_sums + seen, state.norm_sums)
         counts = torch.where(here, decay * state.norm_counts + 1, state.norm_counts)
         means = sums / counts
@@ -130,7 +131,7 @@ def _total(weights: Tensor, losses: Tensor, here: Tensor) -> Tensor:
 def _shares(ratios: Any, like: Tensor) -> Tensor:
     if ratios is None:
         return torch.ones_like(like)
-    shares = task_vector(ratios, "ratios").to(like)
+    shares = task_vector(ratios, "ratios", like.dtype).to(like)
     if shares.shape != like.shape:
         raise ValueError(f"ratios has {shares.shape[0]} entries, but there are {like.shape[0]} tasks")
     return shares

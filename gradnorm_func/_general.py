@@ -24,7 +24,9 @@ def general(loss_fn: LossFn, params: Any, batch: Any, plan: Plan) -> Measured:
 
     def evaluate(all_leaves: list[Tensor]) -> tuple[Tensor, Any]:
         losses, aux = split_aux(loss_fn(_tree.unflatten(treedef, all_leaves), batch), plan.has_aux)
-        return task_vector(losses), (shape.strip(losses), box.strip(aux))
+        vector = task_vector(losses)
+        plan.check_count(vector)
+        return vector, (shape.strip(losses), box.strip(aux))
 
     def jacobian(pull_w: Callable[[Tensor], Any], vector: Tensor) -> list[Tensor]:
         eye = torch.eye(vector.shape[0], dtype=vector.dtype, device=vector.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradnorm_func import _optim, _tree
 from gradnorm_func._loss import LossFn, task_vector
 from gradnorm_func._stats import TaskStats
-from gradnorm_func._step import Balancer, balancer, choose, mask_vector, vectors
+from gradnorm_func._step import Balancer, balancer, check_state, choose, mask_vector, vectors
 from gradnorm_func._tree import Where
 
 
@@ -80,7 +80,7 @@ def init_state(
     def vector(name: str, given: Any, default: float) -> Tensor:
         if given is None:
             return torch.full((num_tasks,), default, dtype=dtype, device=device)
-        out = task_vector(given, name).detach().to(dtype=dtype, device=device, copy=True)
+        out = task_vector(given, name, dtype).detach().to(dtype=dtype, device=device, copy=True)
         if out.shape[0] != num_tasks:
             raise ValueError(f"{name} has {out.shape[0]} entries, but num_tasks={num_tasks}")
         return out
@@ -88,7 +88,7 @@ def init_state(
     w = vector("weights", weights, 1.0)
     if weights is not None and not bool(((w > 0) & w.isfinite()).all()):
         raise ValueError(f"weights={weights!r} must be positive and finite; to leave a task out of a batch use mask=")
-    moments = (_optim.adam() if optimizer is None else optimizer).init(w)
+    moments = _optim.as_optimizer(optimizer).init(w)
     step = torch.zeros((), dtype=torch.int64, device=device)
     return GradNormState(w, vector("initial_losses", initial_losses, torch.nan), step, w.sum(), moments)
 
@@ -150,12 +150,13 @@ def balance(
             the first.
         mask: the tasks present in this batch, (T,) bool or a pytree like the losses. Absent tasks keep weight,
             L(0) and moments; the present ones share what remains of the sum. A tensor that is False everywhere
-            leaves the state as it was.
+            leaves the state as it was. The gradient of an absent loss is multiplied by 0, and 0 times NaN is NaN:
+            let a missing label be any number, not NaN.
         update: False, or a 0-d bool tensor that is False, freezes the state.
 
     Returns:
-        (state, info). If a loss, a norm or a target of a present task is not finite, the state is the old one, all
-        of it, and `info.finite` is False.
+        (state, info). If a loss, a norm, a target or a new weight of a present task is not finite, the state is the
+        old one, all of it, and `info.finite` is False.
 
     Raises:
         ValueError: for a negative alpha, a wrong number of tasks, a state from another optimizer, and other
@@ -173,10 +174,12 @@ def balance(
     negative; a loss that is 0 on the first batch does not become L(0), the first one after it that is not 0 does,
     and until then its ratio counts as 1.
     """
-    optimizer = _optim.adam() if optimizer is None else optimizer
-    _check(state, alpha, optimizer, floor, burn_in, initial_decay)
+    optimizer = _optim.as_optimizer(optimizer)
+    _check_hyper(alpha, floor, burn_in, initial_decay)
+    check_state(state, GradNormState, "gn.init_state(T)")
+    _check_moments(state, optimizer)
     w = state.weights
-    losses, norms = vectors(state, stats)
+    losses, norms = vectors(state, stats, needed=update is not False)
     present = mask_vector(mask, w)
     here = torch.ones_like(w, dtype=torch.bool) if present is None else present
     count = here.sum().clamp(min=1)
@@ -191,7 +194,8 @@ def balance(
     if burn_in is not None:
         unset = unset | (state.step == burn_in)
     initial = torch.where(usable, torch.where(unset, losses, initial), state.initial_losses)
-    ratios = torch.where(initial.isnan(), 1.0, losses / initial)
+    known = ~initial.isnan()
+    ratios = torch.where(known, losses / torch.where(known, initial, 1.0), 1.0)
     mean_ratio = mean(ratios)
     rates = torch.where(mean_ratio == 0, 1.0, ratios / torch.where(mean_ratio == 0, 1.0, mean_ratio))
 
@@ -208,21 +212,25 @@ def balance(
         return state, info._replace(finite=losses.isfinite().logical_or(~here).all())
 
     grad = torch.where(here, gaps.sign() * norms, 0.0)
+    budget = state.total - torch.where(here, 0.0, w).sum()
     if log_space:
         step, moments = optimizer.update(w * grad, state.moments, w.log())
-        moved = w * step.exp()
+        # w exp(step) and the scaling to the budget in one: however large the step, it does not overflow.
+        moved = budget * torch.where(here, w.log() + step, -torch.inf).softmax(0)
     else:
         step, moments = optimizer.update(grad, state.moments, w)
         moved = w + step
     moved = torch.maximum(moved, floor * state.total / w.shape[0])
-    budget = state.total - torch.where(here, 0.0, w).sum()
     moved = torch.where(here, moved * (budget / torch.where(here, moved, 0.0).sum()), w)
     if present is not None:
         moments = _tree.tree_map(
             lambda a, b: torch.where(here, a, b) if a.shape == w.shape else a, moments, state.moments
         )
     new = GradNormState(moved, initial, state.step + 1, state.total, moments)
-    return choose(finite & here.any() & torch.as_tensor(update, device=w.device), new, state), info
+    finite = finite & (moved.isfinite() & (moved > 0) | ~here.any()).all()
+    return choose(finite & here.any() & torch.as_tensor(update, device=w.device), new, state), info._replace(
+        finite=finite
+    )
 
 
 def gradnorm(
@@ -255,6 +263,8 @@ def gradnorm(
         >>> info.grad_norms
         tensor([2.0000, 2.8284])
     """
+    _check_hyper(alpha, floor, burn_in, initial_decay)
+    optimizer = _optim.as_optimizer(optimizer)
     hyper: dict[str, Any] = {
         "alpha": alpha, "optimizer": optimizer, "norm_ratios": norm_ratios, "log_space": log_space,
         "floor": floor, "burn_in": burn_in, "initial_decay": initial_decay,
@@ -371,24 +381,17 @@ def force(rates: Tensor, alpha: float | Tensor) -> Tensor:
 
 
 def _ratios(norm_ratios: Any, weights: Tensor) -> Tensor:
-    rho = task_vector(norm_ratios, "norm_ratios").to(weights)
+    rho = task_vector(norm_ratios, "norm_ratios", weights.dtype).to(weights)
     if rho.shape != weights.shape:
         raise ValueError(f"norm_ratios has {rho.shape[0]} entries, but there are {weights.shape[0]} tasks")
-    if not isinstance(norm_ratios, Tensor) and not all(float(x) > 0 for x in _tree.flatten(norm_ratios)[0]):
+    if not isinstance(norm_ratios, Tensor) and not all(
+        isinstance(x, Tensor) or x > 0 for x in _tree.flatten(norm_ratios)[0]
+    ):
         raise ValueError(f"norm_ratios={norm_ratios!r} must be positive")
     return rho
 
 
-def _check(
-    state: Any,
-    alpha: float | Tensor,
-    optimizer: _optim.Optimizer,
-    floor: float,
-    burn_in: int | None,
-    initial_decay: float | Tensor,
-) -> None:
-    if not isinstance(state, GradNormState):
-        raise ValueError(f"state is a {type(state).__name__}, not a GradNormState: make one with gn.init_state(T)")
+def _check_hyper(alpha: float | Tensor, floor: float, burn_in: int | None, initial_decay: float | Tensor) -> None:
     if not isinstance(alpha, Tensor) and not 0 <= alpha < float("inf"):
         raise ValueError(f"alpha={alpha} must be at least 0: 0 aims at equal norms, 1.5 is the paper's for NYUv2")
     if not 0 < floor < 1:
@@ -397,6 +400,9 @@ def _check(
         raise ValueError(f"burn_in={burn_in} counts steps from 0 and cannot be negative")
     if not isinstance(initial_decay, Tensor) and not 0 <= initial_decay <= 1:
         raise ValueError(f"initial_decay={initial_decay} must lie in [0, 1]; 1 keeps the first losses as L(0)")
+
+
+def _check_moments(state: GradNormState, optimizer: _optim.Optimizer) -> None:
     expected = optimizer.init(state.weights)
     if _tree.flatten(expected)[1] != _tree.flatten(state.moments)[1]:
         raise ValueError(

@@ -5,8 +5,12 @@ The one module that writes to what it is given, and only in `write_grads`.
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import itertools
 from collections.abc import Callable, Iterable, Mapping
+=======
+from collections.abc import Callable, Iterable, Iterator, Mapping
+>>>>>>> main
 from typing import Any
 
 import torch
@@ -80,6 +84,7 @@ def write_grads(target: nn.Module | Mapping[str, Tensor] | Iterable[Tensor], gra
         tensor([[1., 1.]])
     """
     params = dict(target.named_parameters()) if isinstance(target, nn.Module) else target
+    params = list(params) if isinstance(params, Iterator) else params  # model.parameters()
     leaves, treedef = _tree.flatten(params)
     grad_leaves, grad_treedef = _tree.flatten(grads)
     if treedef != grad_treedef:
@@ -91,7 +96,9 @@ def write_grads(target: nn.Module | Mapping[str, Tensor] | Iterable[Tensor], gra
         if leaf.shape != grad.shape:
             raise ValueError(f"grads[{path!r}] has shape {tuple(grad.shape)}, the parameter {tuple(leaf.shape)}")
     for leaf, grad in zip(leaves, grad_leaves, strict=True):
-        leaf.grad = grad.detach().to(leaf.dtype)
+        new = grad.detach().to(leaf.dtype)
+        # In the layout of the parameter, as autograd would write it: fused optimizers read the memory as it lies.
+        leaf.grad = new if new.stride() == leaf.stride() else torch.empty_like(leaf).copy_(new)
 
 
 def state_dict(state: Any) -> dict[str, Tensor]:

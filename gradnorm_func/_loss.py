@@ -35,8 +35,13 @@ def task_names(losses: PyTree) -> list[str]:
     return _tree.paths(losses)
 
 
-def task_vector(losses: PyTree, name: str = "losses") -> Tensor:
-    """Losses, or any other per-task numbers, as one (T,) tensor; refuses what is not T scalars."""
+def task_vector(losses: PyTree, name: str = "losses", dtype: torch.dtype | None = None) -> Tensor:
+    """Losses, or any other per-task numbers, as one (T,) tensor; refuses what is not T scalars.
+
+    `dtype` is for plain numbers alone, which would otherwise lose digits on their way to float64.
+    """
+    if not isinstance(losses, Tensor) and hasattr(losses, "__array__"):
+        losses = torch.as_tensor(losses, dtype=dtype)
     if isinstance(losses, Tensor):
         if losses.ndim == 0:
             raise ValueError(
@@ -47,7 +52,7 @@ def task_vector(losses: PyTree, name: str = "losses") -> Tensor:
             raise ValueError(f"{name} has shape {tuple(losses.shape)}: reduce it to one scalar per task, shape (T,)")
         return losses
     leaves, _ = _tree.flatten(losses)
-    tensors = [leaf if isinstance(leaf, Tensor) else torch.as_tensor(leaf) for leaf in leaves]
+    tensors = [leaf if isinstance(leaf, Tensor) else torch.as_tensor(leaf, dtype=dtype) for leaf in leaves]
     for path, leaf in zip(_tree.paths(losses), tensors, strict=True):
         if leaf.ndim != 0:
             raise ValueError(
@@ -56,6 +61,16 @@ def task_vector(losses: PyTree, name: str = "losses") -> Tensor:
     if not tensors:
         raise ValueError(f"{name} is empty: return one scalar per task")
     return torch.stack(tensors)
+
+
+def wrong_count(found: int, expected: int) -> str:
+    """What to say when the losses are not as many as the weights."""
+    if found < 2:
+        return f"loss_fn returned {found} loss: there is nothing to balance, return one scalar per task"
+    return (
+        f"loss_fn returned {found} losses, but the state was made for {expected} tasks: "
+        f"init_state({found}) makes one for them; a task absent from some batches is what mask= is for"
+    )
 
 
 class SharedLinear(NamedTuple):
@@ -106,12 +121,20 @@ class MultiTaskLoss:
         self.heads = heads
         self.last_shared = last_shared
         self.has_aux = has_aux
+        # In task order. Done here and by hand: torch.compile cannot flatten a dict of functions.
+        self.names: list[Any] = sorted(heads) if isinstance(heads, Mapping) else []
+        self.functions: list[Callable[..., Any]] = []
+        if not isinstance(heads, StackedHeads):
+            self.functions = [heads[name] for name in self.names] if self.names else list(heads)
         # Which leaves of params the two parts read, by structure of params: a memo of the eager seam engine.
         self.ownership: dict[Any, tuple[list[int], list[int]]] = {}
 
-    def head_list(self) -> tuple[list[Callable[..., Any]], Any]:
-        """The heads in task order, and the structure their losses go back into."""
-        return _tree.flatten(self.heads)
+    def structure(self, per_task: Sequence[Any]) -> Any:
+        """What belongs to each task, in task order, in the structure of `heads`."""
+        if isinstance(self.heads, Mapping):
+            by_name = dict(zip(self.names, per_task, strict=True))
+            return {name: by_name[name] for name in self.heads}
+        return list(per_task)
 
     def shared(self, params: PyTree, batch: Any) -> tuple[Any, tuple[Any, ...], Any]:
         """The representation z, (h, pre-activation) if the last layer is a `shared_linear`, and the aux."""
@@ -126,19 +149,18 @@ class MultiTaskLoss:
 
     def __call__(self, params: PyTree, batch: Any) -> Any:
         if self.backbone is None:
-            outs = [head(params, batch) for head in self.head_list()[0]]
+            outs = [head(params, batch) for head in self.functions]
             shared_aux = ()
         else:
             z, _, shared_aux = self.shared(params, batch)
             if isinstance(self.heads, StackedHeads):
                 out = self.heads(params, z, batch)
                 return (out[0], (shared_aux, out[1])) if self.has_aux else out
-            outs = [head(params, z, batch) for head in self.head_list()[0]]
-        treedef = self.head_list()[1]
+            outs = [head(params, z, batch) for head in self.functions]
         if not self.has_aux:
-            return _tree.unflatten(treedef, outs)
-        losses = _tree.unflatten(treedef, [out[0] for out in outs])
-        return losses, (shared_aux, _tree.unflatten(treedef, [out[1] for out in outs]))
+            return self.structure(outs)
+        losses = self.structure([out[0] for out in outs])
+        return losses, (shared_aux, self.structure([out[1] for out in outs]))
 
 
 def multi_task_loss(
@@ -192,12 +214,13 @@ def multi_task_loss(
         if backbone is None:
             raise ValueError("stacked_heads needs a backbone; with backbone=None give a dict or list of loss functions")
         return MultiTaskLoss(backbone, heads, last_shared, has_aux)
-    functions, _ = _tree.flatten(heads)
-    if len(functions) < 2:
-        raise ValueError(f"heads has {len(functions)} task(s); balancing needs at least two")
-    for path, head in zip(_tree.paths(heads), functions, strict=True):
+    if callable(heads) or not isinstance(heads, (Mapping, Sequence)):
+        raise ValueError(f"heads={heads!r} must be a dict or a list of functions, or gn.stacked_heads(...)")
+    if len(heads) < 2:
+        raise ValueError(f"heads has {len(heads)} task(s); balancing needs at least two")
+    for name, head in heads.items() if isinstance(heads, Mapping) else enumerate(heads):
         if not callable(head):
-            raise ValueError(f"heads[{path!r}]={head!r} must be a function (params, z, batch) -> scalar")
+            raise ValueError(f"heads[{name!r}]={head!r} must be a function (params, z, batch) -> scalar")
     return MultiTaskLoss(backbone, heads, last_shared, has_aux)
 
 

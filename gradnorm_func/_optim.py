@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from gradnorm_func import _tree
+
 Schedule: TypeAlias = Callable[[Tensor], Tensor]
 
 
@@ -34,6 +36,18 @@ class AdamState(NamedTuple):
     step: Tensor  # () int64: updates so far
     mean: Tensor  # (T,) first moment
     square: Tensor  # (T,) second moment
+
+
+def as_optimizer(optimizer: Any) -> Optimizer:
+    """The pair by its names; None is GradNorm's default."""
+    if optimizer is None:
+        return adam()
+    if not (isinstance(optimizer, (tuple, list)) and len(optimizer) == 2 and all(map(callable, optimizer))):
+        raise ValueError(
+            f"optimizer={optimizer!r} must be gn.sgd(lr), gn.adam(lr) or another (init, update) pair of functions: "
+            "it is the weights' own, not the one of the parameters"
+        )
+    return Optimizer(*optimizer)
 
 
 def sgd(learning_rate: float | Tensor | Schedule) -> Optimizer:
@@ -112,7 +126,7 @@ def adam(
         power = count.to(grad.dtype)
         mean_hat = mean / (1 - b1**power)
         square_hat = square / (1 - b2**power)
-        step = -_rate(learning_rate, state.step) * mean_hat / (square_hat.sqrt() + eps)
+        step = -_rate(learning_rate, state.step) * mean_hat / (_tree.safe_sqrt(square_hat) + eps)
         return step, AdamState(count, mean, square)
 
     return Optimizer(init, update)

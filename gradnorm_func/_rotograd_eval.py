@@ -67,7 +67,8 @@ def rotograd_task_fn(
             if isinstance(functions, StackedHeads):  # all of them, for only vmap knows the task's part of the batch
                 out = functions(params, z, batch)
                 return _tree.tree_map(lambda leaf: leaf[index], out)
-            return _tree.flatten(functions)[0][index](params, z, batch)
+            in_order = [functions[name] for name in sorted(functions)] if isinstance(functions, Mapping) else functions
+            return in_order[index](params, z, batch)
 
         return fn
 

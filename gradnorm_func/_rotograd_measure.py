@@ -332,7 +332,7 @@ def _with_seam(loss_fn: Any, params: Any, state: RotoGradState, has_aux: bool) -
             f"has_aux={has_aux}, but multi_task_loss was made with has_aux={loss_fn.has_aux}: give both the same"
         )
     stacked = isinstance(loss_fn.heads, StackedHeads)
-    heads = _tree.flatten(_tree.subtree(params, loss_fn.heads.path))[0][0] if stacked else loss_fn.head_list()[0]
+    heads = _tree.flatten(_tree.subtree(params, loss_fn.heads.path))[0][0] if stacked else loss_fn.functions
     if len(heads) != state.rotations.shape[0]:
         raise ValueError(
             f"loss_fn has {len(heads)} heads, but the state was made for {state.rotations.shape[0]} tasks: "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -38,7 +39,8 @@ def seam(loss: MultiTaskLoss, params: Any, batch: Any, plan: Plan) -> Measured:
     if tripped:  # a part read a leaf that it used not to read: from now on it is asked about all of them
         loss.ownership[treedef] = (everything, everything)
         return seam(loss, params, batch, plan)
-    if treedef not in loss.ownership:
+    # Without weights, W alone was differentiated in the shared part, so that nothing is known of its other leaves.
+    if treedef not in loss.ownership and (plan.weights is not None or not this.at):
         unread = set(everything) - this.read_by_shared - this.read_by_heads
         loss.ownership[treedef] = (sorted(this.read_by_shared | unread), sorted(this.read_by_heads | unread))
     return measured
@@ -107,12 +109,15 @@ class _Pass:
                 z, pull, (crossing, shared_aux) = self._vjp(self._z_of_w, own)
             grads: Any = ()
             if plan.weights is not None and pull is not None:
-                grads = self._assemble(crossing, list(pull(crossing.z_total)[0]))
+                grads = self._assemble(crossing, list(self._last_pull(pull, crossing.z_total)[0]))
         tripped = self.watching and any(leaf.requires_grad for leaf in (*z, crossing.vector))
-        vector, treedef = crossing.vector, self.loss.head_list()[1]
+        vector = crossing.vector
         stacked = isinstance(self.loss.heads, StackedHeads)
-        losses = vector if stacked else _tree.unflatten(treedef, list(vector.unbind()))
-        aux = (self.shared_box.fill(shared_aux), self.heads_box.fill(crossing.aux)) if plan.has_aux else ()
+        losses = vector if stacked else self.loss.structure(vector.unbind())
+        aux_parts = [(self.shared_box, shared_aux), (self.heads_box, crossing.aux)]
+        if self.watching:  # aux may read tripwires, or anything else that requires grad
+            aux_parts = [(box, [leaf.detach() for leaf in tensors]) for box, tensors in aux_parts]
+        aux = tuple(box.fill(tensors) for box, tensors in aux_parts) if plan.has_aux else ()
         measured = Measured(
             losses, vector, crossing.norms, crossing.example_norms, crossing.task_grads, grads, aux, self.z_treedef,
             crossing.kept,
@@ -123,6 +128,10 @@ class _Pass:
         """vjp with aux; when watching, a tripwire that is read makes what comes out require grad."""
         with torch.enable_grad() if self.watching else nullcontext():
             return vjp_aux(fn, *primals)
+
+    def _last_pull(self, pull: Callable[..., Any], cotangents: Any) -> Any:
+        """A pullback that is not called again: what was saved for it is freed on the way, as in a plain step."""
+        return pull(cotangents, retain_graph=False) if self.plain else pull(cotangents)
 
     def _shared(self, own: list[Tensor]) -> tuple[list[Tensor], Any]:
         """Leaves of z, and a loss of the backbone alone; as aux (h, y) of a `shared_linear` and the user's tensors."""
@@ -154,7 +163,7 @@ class _Pass:
 
     def _heads(self, copies: list[list[Tensor]]) -> tuple[Tensor, Callable[..., Any], list[Tensor]]:
         """T separate heads, each with its own z: losses, pullback, aux."""
-        heads, treedef = self.loss.head_list()
+        heads = self.loss.functions
 
         def run(own: list[Tensor], copies: list[list[Tensor]], ws: list[list[Tensor]]) -> tuple[Tensor, Any]:
             base, outs = _tree.replace(self.constants, self.heads_own, own), []
@@ -162,18 +171,21 @@ class _Pass:
                 params = _tree.unflatten(self.treedef, _tree.replace(base, self.direct, w))
                 out = head(params, _tree.unflatten(self.z_treedef, z_copy), self.batch)
                 outs.append(split_aux(out, self.plan.has_aux, "a head"))
-            vector = task_vector(_tree.unflatten(treedef, [loss for loss, _ in outs]))
+            vector = task_vector(self.loss.structure([loss for loss, _ in outs]))
             if self.plain and not self.watching:
                 for w in ws:
                     self.read_by_heads |= _ownership.read_by([vector], _tree.replace(base, self.direct, w))
-            return vector, self.heads_box.strip(_tree.unflatten(treedef, [aux for _, aux in outs]))
+            return vector, self.heads_box.strip(
+                self.loss.structure([aux for _, aux in outs]) if self.plan.has_aux else ()
+            )
 
         w = [self.leaves[i] for i in self.direct]
         count = len(heads)
         vector, pull, aux = self._vjp(run, [self.leaves[i] for i in self.heads_own], copies, [w] * count)
+        pull_once = pull if callable(self.plan.weights) else partial(self._last_pull, pull)
 
         def pull_heads(cotangents: Tensor) -> tuple[list[Tensor], list[PerTask], list[Tensor]]:
-            own, copies, ws = pull(cotangents)
+            own, copies, ws = pull_once(cotangents)
             return (
                 own,
                 [list(leaf) for leaf in zip(*copies, strict=True)],
@@ -195,7 +207,8 @@ class _Pass:
 
         own = [self.leaves[i] for i in self.heads_own]
         vector, pull, aux = self._vjp(run, own, copies)
-        return vector, lambda cotangents: (*pull(cotangents), []), aux
+        pull_once = pull if callable(self.plan.weights) else partial(self._last_pull, pull)
+        return vector, lambda cotangents: (*pull_once(cotangents), []), aux
 
     def _cross(self, z: list[Tensor], layer: list[Tensor], pull_w: Callable[..., Any] | None) -> _Crossing:
         """Through the heads and back to z; the norms at W; the weights; the sum that goes on into the trunk."""
@@ -208,7 +221,8 @@ class _Pass:
             count = self.leaves[self.heads_own[0]].shape[0]
             vector, pull_heads, aux = self._stacked([leaf.expand(count, *leaf.shape) for leaf in z], heads)
         else:
-            vector, pull_heads, aux = self._heads([z] * len(self.loss.head_list()[0]))
+            vector, pull_heads, aux = self._heads([z] * len(self.loss.functions))
+        plan.check_count(vector)
         scale = plan.weights.to(vector.dtype) if isinstance(plan.weights, Tensor) else torch.ones_like(vector)
         head_grads, z_grads, direct = pull_heads(scale)
         norms: Any = ()
@@ -233,10 +247,9 @@ class _Pass:
             norms, example_norms = _norms_at_z(z_grads)
             task_grads = [_stack(leaf) for leaf in z_grads] if plan.task_grads else []
         if isinstance(plan.weights, Tensor) and plan.norms:  # undo the weights that the cotangents carried
-            size = scale.abs().to(norms.dtype)
-            norms = norms / size
-            example_norms = example_norms / size if isinstance(example_norms, Tensor) else ()
-            task_grads = [grad / _as_column(scale, grad) for grad in task_grads]
+            norms = _unweighted(norms, scale.abs())
+            example_norms = _unweighted(example_norms, scale.abs()) if isinstance(example_norms, Tensor) else ()
+            task_grads = [_unweighted(grad, scale) for grad in task_grads]
         elif callable(plan.weights):
             scale = plan.weights(vector, norms, example_norms).to(vector.dtype)
             z_grads = [_scaled(leaf, scale) for leaf in z_grads]
@@ -294,10 +307,9 @@ def _norms_at_z(z_grads: list[PerTask]) -> tuple[Tensor, Tensor]:
 
 def _example_norms(leaf: PerTask) -> Tensor:
     """(T, B) norms of one leaf of z; the leading axis of z is the example axis."""
-    if torch.compiler.is_compiling() and leaf[0].ndim:
-        leaf = _stack(leaf)  # written in place there, and one reduction instead of T
     if isinstance(leaf, Tensor):
-        norms: Tensor = torch.linalg.vector_norm(leaf.reshape(*leaf.shape[:2], -1), dim=2, dtype=_wide(leaf))
+        by_example = leaf.reshape(*leaf.shape[:2], -1) if leaf.ndim > 1 else leaf.reshape(-1, 1, 1)
+        norms: Tensor = torch.linalg.vector_norm(by_example, dim=2, dtype=_wide(leaf))
         return norms
     rows = [grad.reshape(*grad.shape[:1], -1) if grad.ndim else grad.reshape(1, 1) for grad in leaf]
     return torch.stack([torch.linalg.vector_norm(row, dim=1, dtype=_wide(row)) for row in rows])
@@ -320,6 +332,13 @@ def _scaled(leaf: PerTask, scale: Tensor) -> PerTask:
     if isinstance(leaf, Tensor):
         return leaf * _as_column(scale, leaf)
     return [weight * grad for weight, grad in zip(scale.unbind(), leaf, strict=True)]
+
+
+def _unweighted(rows: Tensor, scale: Tensor) -> Tensor:
+    """Rows (T, ...) of sizes that carry a weight, without it; NaN where it was 0, but with a derivative that is not."""
+    size = _as_column(scale, rows)
+    used = size != 0
+    return torch.where(used, rows / torch.where(used, size, 1.0), torch.nan)
 
 
 def _as_column(scale: Tensor, rows: Tensor) -> Tensor:

@@ -19,13 +19,12 @@ def separable(loss: MultiTaskLoss, params: Any, batch: Any, plan: Plan) -> Measu
     """All that `plan` asks for, of T losses that share nothing but the parameters."""
     leaves, treedef = _tree.flatten(params)
     at = plan.at if plan.at is not None else list(range(len(leaves)))
-    functions, structure = loss.head_list()
     # Only what is asked for is differentiated: without weights, W alone.
     own = at if plan.weights is None else list(range(len(leaves)))
     rows: list[list[Tensor]] = []
     values, auxes = [], []
     with quiet()():
-        for function in functions:
+        for function in loss.functions:
             box = AuxBox()
 
             def evaluate(own_leaves: list[Tensor], function: Any = function, box: AuxBox = box) -> Any:
@@ -38,6 +37,7 @@ def separable(loss: MultiTaskLoss, params: Any, batch: Any, plan: Plan) -> Measu
             values.append(value)
             auxes.append(box.fill(kept))
         vector = torch.stack(values)
+        plan.check_count(vector)
         # W first: only its leaves are needed with their task axis.
         task_grads = [torch.stack([row[own.index(i)] for row in rows]) for i in at] if plan.norms else []
         norms = row_norms(task_grads) if plan.norms else ()
@@ -50,11 +50,11 @@ def separable(loss: MultiTaskLoss, params: Any, batch: Any, plan: Plan) -> Measu
                 for column in zip(*rows, strict=True)
             ]
     return Measured(
-        _tree.unflatten(structure, values),
+        loss.structure(values),
         vector,
         norms,
         (),
         task_grads if plan.task_grads else (),
         grads,
-        ((), _tree.unflatten(structure, auxes)) if plan.has_aux else (),
+        ((), loss.structure(auxes)) if plan.has_aux else (),
     )

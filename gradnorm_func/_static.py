@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradnorm_func._loss import task_vector
 from gradnorm_func._stats import TaskStats
-from gradnorm_func._step import Balancer, balancer, mask_vector, vectors
+from gradnorm_func._step import Balancer, balancer, check_state, mask_vector, vectors
 from gradnorm_func._tree import Where
 
 
@@ -56,18 +56,19 @@ def static(weights: Any = None, *, where: Where = None, norms: bool = False) -> 
     def init(
         num_tasks: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> StaticState:
-        given = torch.ones(num_tasks) if weights is None else task_vector(weights, "weights")
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        given = torch.ones(num_tasks) if weights is None else task_vector(weights, "weights", dtype)
         if given.shape[0] != num_tasks:
             raise ValueError(f"weights has {given.shape[0]} entries, but num_tasks={num_tasks}")
         if not bool(given.isfinite().all()):
             raise ValueError(f"weights={weights!r} must be finite")
-        dtype = torch.get_default_dtype() if dtype is None else dtype
         return StaticState(given.detach().to(dtype=dtype, device=device, copy=True))
 
     def balance(
         state: StaticState, stats: TaskStats, *, mask: Any = None, update: bool | Tensor = True
     ) -> tuple[StaticState, StaticInfo]:
-        losses, grad_norms = vectors(state, stats)
+        check_state(state, StaticState, "gn.static(...).init(T)")
+        losses, grad_norms = vectors(state, stats, needed=False)
         present = mask_vector(mask, state.weights)
         here = torch.ones_like(losses, dtype=torch.bool) if present is None else present
         total = torch.where(here, state.weights * losses, 0.0).sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -51,8 +52,11 @@ def merge(*stats: TaskStats) -> TaskStats:
     """
     if not stats:
         raise ValueError("merge() of nothing: give it at least one TaskStats")
-    counts = [torch.as_tensor(s.num_examples) for s in stats]
-    total = torch.stack([count.to(torch.get_default_dtype()) for count in counts]).sum()
+    # The shares as exact as what they multiply: float64 stats stay so.
+    measured = [leaf.dtype for leaf in _tree.flatten((stats[0].losses, stats[0].grads))[0]]
+    dtype = reduce(torch.promote_types, measured, torch.float32)
+    counts = [torch.as_tensor(s.num_examples, dtype=dtype) for s in stats]
+    total = torch.stack(counts).sum()
     shares = [count / total for count in counts]
 
     def mean(*leaves: Tensor) -> Tensor:

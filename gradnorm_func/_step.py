@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradnorm_func._loss import LossFn, task_vector
+from gradnorm_func._loss import LossFn, task_vector, wrong_count
 from gradnorm_func._measure import measure
 from gradnorm_func._stats import TaskStats
-from gradnorm_func._tree import Where, flatten, tree_map
+from gradnorm_func._tree import Where, flatten, inside_transform, tree_map
 
 
 class Balancer(NamedTuple):
@@ -34,7 +34,8 @@ def balancer(
     r"""A balancing method from its two pure functions; everything else is the same for all of them.
 
     Args:
-        init: `init(num_tasks, ...) -> state`, a NamedTuple of tensors with a field `weights`, (T,).
+        init: `init(num_tasks, *, dtype=None, device=None) -> state`, a NamedTuple of tensors with a field `weights`,
+            (T,).
         balance: `balance(state, stats, *, mask=None, update=True) -> (state, info)`; `info` is a NamedTuple of
             tensors with a field `weights`. See `mask_vector` for what `mask` may be.
         where: W, as in `measure`.
@@ -54,8 +55,8 @@ def balancer(
         ...     losses: torch.Tensor  # (T,)
         ...     weights: torch.Tensor  # (T,)
         >>> def inverse_norm(mix=0.1):  # weights that make all gradient norms equal, with a moving average
-        ...     def init(num_tasks):
-        ...         return State(torch.ones(num_tasks))
+        ...     def init(num_tasks, *, dtype=None, device=None):
+        ...         return State(torch.ones(num_tasks, dtype=dtype, device=device))
         ...     def balance(state, stats, *, mask=None, update=True):
         ...         inverse = 1 / stats.grad_norms
         ...         goal = inverse * len(inverse) / inverse.sum()
@@ -73,27 +74,33 @@ def balancer(
         state: Any, params: Any, loss_fn: LossFn, batch: Any, *, mask: Any = None, update: bool | Tensor = True,
         has_aux: bool = False, vectorize: bool = True, chunk_size: int | None = None,
     ) -> Any:  # fmt: skip
+        _check_order(state)
         present = mask_vector(mask, state.weights)
         weights = state.weights if present is None else state.weights * present
 
-        def choose(losses: Tensor, grad_norms: Any, example_norms: Any) -> Tensor:
+        def weights_now(losses: Tensor, grad_norms: Any, example_norms: Any) -> Tensor:
             seen = TaskStats(losses, grad_norms, example_norms)
             chosen: Tensor = balance(state, seen, mask=mask, update=update)[1].weights
             return chosen if present is None else chosen * present
 
         wanted = norms and update is not False
         out = measure(
-            params, loss_fn, batch, weights=choose if same_step and wanted else weights, where=where, norms=wanted,
+            params, loss_fn, batch, weights=weights_now if same_step and wanted else weights, where=where, norms=wanted,
             norms_only=True, has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size,
         )  # fmt: skip
         stats, aux = out if has_aux else (out, ())
-        state, info = balance(state, stats._replace(grads=()), mask=mask, update=update)
-        return (stats.grads, state, info, aux) if has_aux else (stats.grads, state, info)
+        new, info = balance(state, stats._replace(grads=()), mask=mask, update=update)
+        if present is not None and hasattr(info, "finite"):
+            # An absent loss may be NaN, but then 0 * NaN may have got into the gradients.
+            sound = torch.stack([leaf.isfinite().all() for leaf in flatten(stats.grads)[0]]).all()
+            new, info = choose(sound, new, state), info._replace(finite=info.finite & sound)
+        return (stats.grads, new, info, aux) if has_aux else (stats.grads, new, info)
 
     def update(
         state: Any, params: Any, loss_fn: LossFn, batch: Any, *, mask: Any = None, update: bool | Tensor = True,
         has_aux: bool = False, vectorize: bool = True, chunk_size: int | None = None,
     ) -> Any:  # fmt: skip
+        _check_order(state)
         if update is False and not has_aux:
             return state
         out = measure(
@@ -113,7 +120,8 @@ def mask_vector(mask: Any, weights: Tensor) -> Tensor | None:
         return None
     vector: Tensor = mask
     if not isinstance(mask, Tensor):
-        if not any(bool(entry) for entry in flatten(mask)[0]):
+        # An entry that is a tensor is not looked at, for that would wait for the device.
+        if not any(isinstance(entry, Tensor) or bool(entry) for entry in flatten(mask)[0]):
             raise ValueError(f"mask={mask!r} leaves no task: skip this batch, or pass update=False")
         vector = task_vector(mask, "mask")
     if vector.shape != weights.shape:
@@ -121,21 +129,38 @@ def mask_vector(mask: Any, weights: Tensor) -> Tensor | None:
     return vector.to(device=weights.device, dtype=torch.bool)
 
 
-def vectors(state: Any, stats: TaskStats) -> tuple[Tensor, Tensor]:
-    """Losses and gradient norms of stats as (T,) in the dtype of the weights, NaN for norms not measured."""
+def vectors(state: Any, stats: TaskStats, *, needed: bool) -> tuple[Tensor, Tensor]:
+    """Losses and gradient norms of stats as (T,), as the weights are; NaN for norms not measured, if not needed."""
     weights: Tensor = state.weights
-    losses = task_vector(stats.losses).to(weights.dtype)
+    losses = constant(task_vector(stats.losses, dtype=weights.dtype).to(weights))
     if losses.shape != weights.shape:
-        raise ValueError(
-            f"loss_fn returned {losses.shape[0]} losses, but the state was made for {weights.shape[0]} tasks: "
-            f"init_state({losses.shape[0]}) makes one for them; a task absent from some batches is what mask= is for"
-        )
+        raise ValueError(wrong_count(losses.shape[0], weights.shape[0]))
     if isinstance(stats.grad_norms, tuple) and stats.grad_norms == ():
+        if needed:
+            raise ValueError("stats has no grad_norms: measure(..., norms=True) takes them, update=False needs none")
         return losses, torch.full_like(losses, torch.nan)
-    norms = task_vector(stats.grad_norms, "grad_norms").to(weights.dtype)
+    norms = constant(task_vector(stats.grad_norms, "grad_norms", weights.dtype).to(weights))
     if norms.shape != weights.shape:
         raise ValueError(f"grad_norms has {norms.shape[0]} entries, but there are {weights.shape[0]} tasks")
     return losses, norms
+
+
+def constant(x: Tensor) -> Tensor:
+    """Without the graph that a caller's own losses may hang on, which L(0) would keep alive for ever."""
+    return x if inside_transform() else x.detach()
+
+
+def check_state(state: Any, kind: type, maker: str) -> None:
+    """A state of another balancer has other fields, or worse, the same with another meaning."""
+    if not isinstance(state, kind):
+        raise ValueError(f"state is a {type(state).__name__}, not a {kind.__name__}: make one with {maker}")
+
+
+def _check_order(state: Any) -> None:
+    if not isinstance(getattr(state, "weights", None), Tensor):
+        raise ValueError(
+            f"state={type(state).__name__} has no weights: the order of arguments is (state, params, loss_fn, batch)"
+        )
 
 
 def choose(ok: Tensor, new: Any, old: Any) -> Any:

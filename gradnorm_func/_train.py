@@ -73,7 +73,8 @@ def train(
         # so the optimizer is not called at all; this is the loop's one wait for the device.
         if bool(getattr(info, "finite", True)):
             for leaf, new in zip(leaves, _tree.flatten(grads)[0], strict=True):
-                leaf.grad = new
+                # In the layout of the parameter: fused optimizers read the memory as it lies.
+                leaf.grad = new if new.stride() == leaf.stride() else torch.empty_like(leaf).copy_(new)
             torch_optimizer.step()
         history.append(info)
     if not history:

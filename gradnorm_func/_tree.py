@@ -16,8 +16,19 @@ Where: TypeAlias = str | Sequence[str] | Callable[[str], bool] | None
 
 def flatten(tree: PyTree) -> tuple[list[Any], Any]:
     """Leaves and structure in optree's order: keys of a dict sorted, fields of a tuple as they stand."""
+    if torch.compiler.is_compiling():
+        boxes, treedef = optree.tree_flatten(optree.tree_map(_Box, tree))
+        return [box.leaf for box in boxes], treedef
     leaves, treedef = optree.tree_flatten(tree)
     return leaves, treedef
+
+
+class _Box:
+    """Around each leaf under torch.compile: a dict of nothing but constants (heads, a mask), flattened by optree 0.20,
+    is folded by Dynamo to a constant that it then cannot represent."""
+
+    def __init__(self, leaf: Any) -> None:
+        self.leaf = leaf
 
 
 def unflatten(treedef: Any, leaves: Iterable[Any]) -> PyTree:
@@ -33,6 +44,8 @@ def tree_map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
 def paths(tree: PyTree) -> list[str]:
     """Dotted path of every leaf: `{"trunk": {"0": w}}` and `{"trunk.0": w}` both read `trunk.0`."""
     dotted = []
+    if torch.compiler.is_compiling():
+        tree = optree.tree_map(_Box, tree)
     for path in optree.tree_paths(tree):
         node, parts = tree, []
         for entry in path:

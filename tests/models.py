@@ -271,7 +271,7 @@ def two_z() -> Case:
         "b": lambda m, z, x: mse(m("heads.b", z["fine"]), x[..., :1]),
     }
     where = {"z": None, "early": "fine", "mixed": ["coarse.bias", "heads.b"], "all": lambda path: True}
-    return Case(model, torch.randn(4, 3, 5), backbone, tasks, where, frozenset())
+    return Case(model, torch.randn(8, 3, 5), backbone, tasks, where, frozenset())
 
 
 MAKERS = {"mlp": mlp, "unused": unused, "cnn": cnn, "transformer": transformer, "embedding": embedding,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import optree
 import torch
 from torch import Tensor
 
@@ -55,3 +56,19 @@ def assert_same_sum(found: list[Tensor], expected: list[Tensor], what: str = "")
         assert f.shape == e.shape
         gap = norm([f - e])
         assert gap <= SUM_RTOL * norm([e]) + ROUNDING * size, f"{what}: leaf {i} differs by {float(gap):.3g}"
+
+
+def snapshot(tree: Any) -> list[tuple[Tensor, Tensor, int]]:
+    return [(leaf, leaf.detach().clone(), leaf._version) for leaf in optree.tree_leaves(tree)]
+
+
+def assert_untouched(before: list[tuple[Tensor, Tensor, int]]) -> None:
+    for leaf, copy, version in before:
+        assert torch.equal(leaf, copy)
+        assert leaf._version == version
+        assert leaf.grad is None
+
+
+def assert_free(tree: Any) -> None:
+    """No tensor carries a graph."""
+    assert not any(leaf.requires_grad for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor))

@@ -9,8 +9,9 @@ import optree
 import pytest
 import torch
 from models import MAKERS, STRUCTURES, WEIGHTS, Case, make
-from oracle import assert_near, assert_same_sum, norm
+from oracle import assert_free, assert_near, assert_same_sum, assert_untouched, gradients, norm, snapshot
 from torch import Tensor
+from torch.nn import functional as F
 
 import gradnorm_func as gn
 
@@ -26,22 +27,6 @@ def weights_of(order: str) -> Tensor:
 
 def order_of(case: Case) -> str:
     return "".join(sorted(case.tasks))
-
-
-def snapshot(tree: Any) -> list[tuple[Tensor, Tensor, int]]:
-    return [(leaf, leaf.detach().clone(), leaf._version) for leaf in optree.tree_leaves(tree)]
-
-
-def assert_untouched(before: list[tuple[Tensor, Tensor, int]]) -> None:
-    for leaf, copy, version in before:
-        assert torch.equal(leaf, copy)
-        assert leaf._version == version
-        assert leaf.grad is None
-
-
-def assert_free(tree: Any) -> None:
-    """No tensor carries a graph."""
-    assert not any(leaf.requires_grad for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 def assert_rows(case: Case, order: str, place: str, grads: Any, at_z: bool) -> None:
@@ -188,3 +173,103 @@ def test_seam(name: str, last: str, place: str) -> None:
             assert list(losses) == list(case.tasks)
             assert_rows(case, order, place, grads, at_z)
     assert_untouched(before)
+
+
+@pytest.mark.parametrize("structure", ["dict", "list"])
+@pytest.mark.parametrize("place", make("mlp").where)
+def test_seam_structures(place: str, structure: str) -> None:
+    """Heads as a dict or a list; the losses come in the same."""
+    case, (build, order) = make("mlp"), STRUCTURES[structure]
+    loss_fn, params = case.seam("linear", build), case.params()
+    stats = gn.measure(params, loss_fn, case.batch, weights=weights_of(order), where=case.where[place])
+    assert_stats(case, order, place, stats, place == "z")
+    losses, grads = gn.task_grads(loss_fn, params, case.batch, where=case.where[place])
+    assert_rows(case, order, place, grads, place == "z")
+    assert optree.tree_structure(losses) == optree.tree_structure(build(dict.fromkeys("abc", 0.0)))
+    assert_near(torch.stack(optree.tree_leaves(losses)), stats.losses)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["mlp", "tied"])
+def test_seam_modes(name: str, mode: str) -> None:
+    case = make(name)
+    stats = gn.measure(case.params(), case.seam("function"), case.batch, weights=weights_of("abc"),
+                       where=case.where["mixed"], **MODES[mode])  # fmt: skip
+    assert_stats(case, "abc", "mixed", stats, at_z=False)
+
+
+# ---- what holds of all engines
+
+FORMS = ["general", "within", "function", "linear"]
+
+
+def in_form(case: Case, form: str) -> Any:
+    return case.loss_fn() if form == "general" else case.seam(form)
+
+
+@pytest.mark.parametrize("place", ["z", "layer", "mixed", "all"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["mlp", "tied", "cnn"])
+def test_weights_from_norms(name: str, form: str, place: str) -> None:
+    """Weights chosen within the pass, from the norms: the sum is that of autograd with these weights."""
+    case = make(name)
+    loss_fn = in_form(case, form)
+    for _ in range(2):
+        out = gn.measure(case.params(), loss_fn, case.batch, where=case.where[place], has_aux=case.has_aux,
+                         weights=lambda losses, norms, example_norms: losses / norms)  # fmt: skip
+        stats = out[0] if case.has_aux else out
+        assert_norms(case, "abc", place, stats.grad_norms, place == "z" and form != "general")
+        rows, weights = case.reference(None).rows, stats.losses / stats.grad_norms
+        total = [sum(w * g for w, g in zip(weights, leaf, strict=True))
+                 for leaf in zip(*(rows[t] for t in "abc"), strict=True)]  # fmt: skip
+        assert_same_sum([stats.grads[path] for path in case.paths(None)], total)
+
+
+@pytest.mark.parametrize("place", ["z", "layer", "early", "all"])
+@pytest.mark.parametrize("form", FORMS)
+def test_no_norms_and_a_weight_of_zero(form: str, place: str) -> None:
+    """Without norms the sum is as exact; of a task of weight 0 the seam has not measured the norm, and says so."""
+    case = make("mlp")
+    loss_fn, where = in_form(case, form), case.where[place]
+    weights = weights_of("abc") * torch.tensor([1.0, 0.0, -1.0])
+    rows = case.reference(None).rows
+    total = [weights[0] * a + weights[2] * c for a, c in zip(rows["a"], rows["c"], strict=True)]
+    for norms in (False, True, True):
+        stats = gn.measure(case.params(), loss_fn, case.batch, weights=weights, where=where, norms=norms)
+        assert_same_sum([stats.grads[path] for path in case.paths(None)], total)
+        assert isinstance(stats.grad_norms, Tensor) == norms
+    at_z = place == "z" and form != "general"
+    ref = case.reference(where, at_z)
+    for i in (0, 2):
+        assert_near(stats.grad_norms[i], norm(ref.rows["abc"[i]]))
+    if not torch.isnan(stats.grad_norms[1]):
+        assert form == "general"
+        assert_near(stats.grad_norms[1], norm(ref.rows["b"]))
+
+
+@pytest.mark.parametrize(("name", "form"), [(n, f) for n in MAKERS for f in FORMS if make(n).last or f in FORMS[:2]])
+def test_parameters_that_require_grad(name: str, form: str) -> None:
+    """Straight from named_parameters(): nothing is written to them, and no result holds on to their graph."""
+    case = make(name)
+    loss_fn, params = in_form(case, form), case.params(requires_grad=True)
+    before = snapshot((params, case.batch, dict(case.model.named_buffers())))
+    for place in [place for place in ("z", "weight", "mixed") if place in case.where] * 2:
+        for weights in (weights_of(order_of(case)), None):
+            run = partial(gn.measure, params, loss_fn, case.batch, has_aux=case.has_aux, where=case.where[place])
+            assert_free(run(weights=weights))
+            assert_free(run(weights=weights, norms_only=True))
+        assert_free(gn.task_grads(loss_fn, params, case.batch, where=case.where[place], has_aux=case.has_aux))
+    assert_untouched(before)
+
+
+def test_attention_without_a_batching_rule() -> None:
+    """The CPU's fused attention cannot be pulled back under vmap without a warning; a loop can do it."""
+    q, x = torch.randn(1, 2, 6, 4, dtype=torch.float64), torch.randn(1, 2, 6, 4, dtype=torch.float64)
+
+    def loss_fn(params: Tensor, x: Tensor) -> list[Tensor]:
+        y = F.scaled_dot_product_attention(x @ params, x, x)
+        return [y.square().mean(), y[..., 0].exp().mean()]
+
+    w = (torch.eye(4, dtype=torch.float64) + 0.1).requires_grad_()
+    expected = torch.stack([gradients(loss, [w])[0] for loss in loss_fn(w, q + x)])
+    assert_near(gn.task_grads(loss_fn, w, q + x, vectorize=False)[1], expected)

@@ -1,0 +1,108 @@
+"""Small multi-task problems and the table of balancers, for the tests of the balancers and of what surrounds them."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+import gradnorm_func as gn
+
+# Natural scales well apart, but not so far that weights in the linear form hit the floor.
+SCALES = (1.0, 4.0, 0.3, 2.0, 0.6)
+
+
+class Problem(NamedTuple):
+    params: dict
+    batch: tuple  # x (B, 5), y (B, T)
+    general: Any  # the loss as one function
+    seam: Any  # the same loss with its seam visible
+    where: str = "trunk.1.weight"
+
+
+def _head(task, params, z, batch):
+    return SCALES[task] * (z @ params[f"head.{task}"] - batch[1][:, task]).square().mean()
+
+
+def make_params(seed=0, num_tasks=3, dtype=torch.float64):
+    draw = torch.Generator().manual_seed(seed)
+    rand = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype)
+    params = {"trunk.0": 0.5 * rand(6, 5), "trunk.1.weight": 0.5 * rand(6, 6), "trunk.1.bias": 0.1 * rand(6)}
+    return params | {f"head.{task}": 0.5 * rand(6) for task in range(num_tasks)}
+
+
+def make_batch(seed=0, num_tasks=3, dtype=torch.float64, size=8):
+    draw = torch.Generator().manual_seed(1000 + seed)
+    rand = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype)
+    return rand(size, 5), rand(size, num_tasks)
+
+
+def make_problem(seed=0, num_tasks=3, dtype=torch.float64):
+    """A two-layer trunk and T linear heads with squared errors on scales far apart."""
+    names = [f"t{task}" for task in range(num_tasks)]
+
+    def first_layer(params, batch):
+        return torch.tanh(batch[0] @ params["trunk.0"].T)
+
+    def general(params, batch):
+        h = first_layer(params, batch)
+        z = torch.tanh(h @ params["trunk.1.weight"].T + params["trunk.1.bias"])
+        return {name: _head(task, params, z, batch) for task, name in enumerate(names)}
+
+    def bind(task):
+        return lambda params, z, batch: _head(task, params, z, batch)
+
+    seam = gn.multi_task_loss(
+        first_layer,
+        {name: bind(task) for task, name in enumerate(names)},
+        last_shared=gn.shared_linear("trunk.1.weight", "trunk.1.bias", torch.tanh),
+    )
+    return Problem(make_params(seed, num_tasks, dtype), make_batch(seed, num_tasks, dtype), general, seam)
+
+
+# The balancer that the docstring of gn.balancer writes.
+
+
+class InverseNormState(NamedTuple):
+    weights: torch.Tensor  # (T,)
+
+
+class InverseNormInfo(NamedTuple):
+    losses: torch.Tensor  # (T,)
+    weights: torch.Tensor  # (T,)
+
+
+def inverse_norm(mix=0.1, where=None):
+    def init(num_tasks, *, dtype=None, device=None):
+        return InverseNormState(torch.ones(num_tasks, dtype=dtype, device=device))
+
+    def balance(state, stats, *, mask=None, update=True):
+        inverse = 1 / stats.grad_norms
+        goal = inverse * len(inverse) / inverse.sum()
+        new = InverseNormState(state.weights + mix * (goal - state.weights))
+        return (new if update else state), InverseNormInfo(stats.losses, state.weights)
+
+    return gn.balancer(init, balance, where=where)
+
+
+# name -> a function of `where` that makes the balancer
+BALANCERS = {
+    "gradnorm-adam": lambda where: gn.gradnorm(where=where, alpha=0.5),
+    "gradnorm-sgd": lambda where: gn.gradnorm(where=where, alpha=0.5, optimizer=gn.sgd(0.01)),
+    "gradnorm-log": lambda where: gn.gradnorm(where=where, alpha=0.5, log_space=True),
+    "fixed-ratio": lambda where: gn.fixed_ratio([1.0, 2.0, 3.0], where=where, decay=0.9),
+    "fixed-ratio-whole": lambda where: gn.fixed_ratio(where=where, per_example=False, decay=0.9, budget=2.0),
+    "static": lambda where: gn.static([0.5, 1.0, 2.0], where=where, norms=True),
+    "user": lambda where: inverse_norm(where=where),
+}
+
+
+def leaves(*trees):
+    """All tensors of some pytrees."""
+    import optree
+
+    return [leaf for tree in trees for leaf in optree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def same_bits(a, b):
+    """Whether two pytrees hold the same tensors bit for bit, NaN included."""
+    pairs = list(zip(leaves(a), leaves(b), strict=True))
+    return all(x.dtype == y.dtype and torch.equal(x.nan_to_num(12345.0), y.nan_to_num(12345.0)) for x, y in pairs)
