@@ -5,12 +5,8 @@ The one module that writes to what it is given, and only in `write_grads`.
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 import itertools
-from collections.abc import Callable, Iterable, Mapping
-=======
 from collections.abc import Callable, Iterable, Iterator, Mapping
->>>>>>> main
 from typing import Any
 
 import torch

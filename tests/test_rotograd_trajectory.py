@@ -98,7 +98,8 @@ def test_equals_the_package_0_1_6(package, build, tasks, normalize, variant):
     keywords = {"alpha": 0.7} if variant == "RotoGradNorm" else {}
     torch.manual_seed(3)
     roto = getattr(package, variant)(
-        twin.trunk, list(twin.heads), size, post_shape=trailing, normalize_losses=normalize, burn_in_period=20, **keywords
+        twin.trunk, list(twin.heads), size, post_shape=trailing, normalize_losses=normalize, burn_in_period=20,
+        **keywords,
     ).double()  # fmt: skip
     roto.train()
     with torch.no_grad():
