@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gradnorm_func import _tree
@@ -84,7 +85,7 @@ def measure(
         example_norms=measured.example_norms,
         task_grads=() if at_z or norms_only or not norms else as_tree(measured, params, where),
         grads=() if weights is None else _tree.unflatten(_tree.flatten(params)[1], measured.grads),
-        num_examples=num_examples,
+        num_examples=torch.as_tensor(num_examples),  # vmap returns tensors only
     )
     return (stats, measured.aux) if has_aux else stats
 

@@ -58,17 +58,18 @@ def train(
     treedef = _tree.flatten(params)[1]
     leaves = [leaf.detach().clone() for leaf in _tree.flatten(params)[0]]
     stepper = (lambda tensors: torch.optim.Adam(tensors, lr=1e-3)) if optimizer is None else optimizer
-    torch_optimizer = stepper(leaves)
+    torch_optimizer = stepper(leaves)  # steps in place, so that `current` is always up to date
+    current = _tree.unflatten(treedef, leaves)
 
-    def grad(state: Any, leaves: list[Tensor], batch: Any, present: Any) -> Any:
-        return chosen.grad(state, _tree.unflatten(treedef, leaves), loss_fn, batch, mask=present)
+    def grad(state: Any, current: Any, batch: Any, present: Any) -> Any:
+        return chosen.grad(state, current, loss_fn, batch, mask=present)
 
     run = torch.compile(grad, fullgraph=True) if compile else grad
     history: list[Any] = []
     for batch in _bar(batches, progress):
         if state is None:
-            state = _fresh_state(chosen, loss_fn, _tree.unflatten(treedef, leaves), batch)
-        grads, state, info = run(state, leaves, batch, None if mask is None else mask(batch))
+            state = _fresh_state(chosen, loss_fn, current, batch)
+        grads, state, info = run(state, current, batch, None if mask is None else mask(batch))
         # A step that is not finite must not reach the parameters. Zeroed gradients would still move Adam's moments,
         # so the optimizer is not called at all; this is the loop's one wait for the device.
         if bool(getattr(info, "finite", True)):
@@ -81,7 +82,7 @@ def train(
         raise ValueError("batches is empty: there was nothing to train on (a generator can be used only once)")
     for leaf in leaves:
         leaf.grad = None
-    return _tree.unflatten(treedef, leaves), state, _tree.tree_map(lambda *rows: torch.stack(rows), *history)
+    return current, state, _tree.tree_map(lambda *rows: torch.stack(rows), *history)
 
 
 def _fresh_state(balancer: Balancer, loss_fn: LossFn, params: Any, batch: Any) -> Any:

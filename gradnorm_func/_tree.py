@@ -154,11 +154,10 @@ def check_params(params: PyTree) -> None:
 
 
 def inside_transform() -> bool:
-    """Whether a torch.func transform surrounds this call, so that what we return must stay differentiable.
-
-    There is no public question for this that torch.compile can trace; this one it folds to a guarded constant.
-    """
-    return bool(torch._C._functorch.get_dynamic_layer_stack_depth() > 0)
+    """Whether a torch.func transform surrounds this call, so that what we return must stay differentiable."""
+    # There is no public question for this. torch.compile traces this one, but wraps even a None that comes back, so
+    # that `is None` is always False to it; an attribute of a real interpreter tells the two apart.
+    return hasattr(torch._C._functorch.peek_interpreter_stack(), "key")
 
 
 def _below(name: str, prefix: str) -> bool:

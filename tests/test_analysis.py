@@ -85,8 +85,7 @@ def test_under_vmap(name: str, form: str, place: str) -> None:
     loss_fn, where = in_form(case, form), case.where[place]
     each = [{path: leaf + 0.3 * torch.randn_like(leaf) for path, leaf in case.params().items()} for _ in range(members)]
     stacked = {path: torch.stack([params[path] for params in each]) for path in each[0]}
-    one = torch.tensor(1.0)  # vmap returns tensors only, and the default of num_examples is a float
-    measure = lambda p: gn.measure(p, loss_fn, case.batch, where=where, weights=weights_of("abc"), num_examples=one)
+    measure = lambda p: gn.measure(p, loss_fn, case.batch, where=where, weights=weights_of("abc"))
     stats = torch.func.vmap(measure)(stacked)
     gram = torch.func.vmap(lambda p: gn.task_gramian(loss_fn, p, case.batch, where=where))(stacked)
     norms = torch.func.vmap(lambda p: gn.task_grad_norms(loss_fn, p, case.batch, where=where))(stacked)
@@ -123,6 +122,24 @@ def test_under_grad(name: str, form: str, place: str) -> None:
     assert size > 0
     for path, gradient in zip(leaves, expected, strict=True):
         assert_near(found[path], gradient, path, size)
+
+
+@pytest.mark.parametrize("rows", [2, 40], ids=["gram", "direct"])
+@pytest.mark.parametrize("of", [gn.task_grad_norms, gn.task_cosine_similarity], ids=["norms", "cosines"])
+@pytest.mark.parametrize("form", ["general", "z", "weight"])
+def test_under_grad_at_a_zero_gradient(form: str, of: Any, rows: int) -> None:
+    """A norm has no derivative at zero; the one taken is 0, so that a dead task spoils nothing with NaN."""
+    params, x = {"w": torch.randn(10, 12, **D)}, torch.randn(rows, 12, **D)
+    heads = [lambda p, z, x: z.square().mean(), lambda p, z, x: 0 * z.sum(), lambda p, z, x: z.exp().mean()]
+
+    def value(params: Any, heads: Any) -> Tensor:
+        loss_fn = gn.multi_task_loss(lambda p, x: x, heads, last_shared=gn.shared_linear("w", None, torch.tanh))
+        plain = loss_fn if form != "general" else lambda p, x: loss_fn(p, x)
+        return (of(plain, params, x, where="w" if form == "weight" else None) + 1).square().sum()
+
+    found = torch.func.grad(value)(params, heads)["w"]
+    assert norm([found]) > 0
+    assert_near(found, torch.func.grad(value)(params, heads[::2])["w"])
 
 
 def test_under_vmap_of_grad() -> None:
@@ -188,8 +205,8 @@ def test_merge(name: str, form: str, place: str, sizes: tuple[int, ...]) -> None
     stats = [run(part, num_examples=n) for part, n in zip(parts, sizes, strict=True)]
     whole = run(case.batch)
     in_two_steps = gn.merge(gn.merge(*stats[:2]), *stats[2:])
-    as_tensors = gn.merge(*(s._replace(num_examples=torch.tensor(s.num_examples)) for s in stats))
-    for merged in (gn.merge(*stats), in_two_steps, as_tensors):
+    as_numbers = gn.merge(*(s._replace(num_examples=int(s.num_examples)) for s in stats))
+    for merged in (gn.merge(*stats), in_two_steps, as_numbers):
         assert float(merged.num_examples) == 8
         assert_near(merged.losses, whole.losses, "losses")
         assert_near(merged.grad_norms, rows_of(case, form, place).norm(dim=1), "norms")

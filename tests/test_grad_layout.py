@@ -20,9 +20,15 @@ def stacked_problem():
     return gn.multi_task_loss(lambda p, x: x @ p["trunk"], gn.stacked_heads(head, "heads")), params, torch.randn(7, 4)
 
 
+def second_grads(loss_fn, params, x):
+    """Of the second pass: the first one, which finds out what the heads own, goes another way."""
+    gn.gradnorm_grad(gn.init_state(3), params, loss_fn, x)
+    return gn.gradnorm_grad(gn.init_state(3), params, loss_fn, x)[0]
+
+
 def test_the_case_is_the_one_meant():
     loss_fn, params, x = stacked_problem()
-    grads, _, _ = gn.gradnorm_grad(gn.init_state(3), params, loss_fn, x)
+    grads = second_grads(loss_fn, params, x)
     assert grads["heads.w"].stride() != params["heads.w"].stride()
 
 
@@ -39,7 +45,7 @@ def test_train_with_a_fused_optimizer():
 
 def test_write_grads_with_a_fused_optimizer():
     loss_fn, params, x = stacked_problem()
-    grads, _, _ = gn.gradnorm_grad(gn.init_state(3), params, loss_fn, x)
+    grads = second_grads(loss_fn, params, x)
     ends = []
     for fused in (False, True):
         leaves = {name: value.clone() for name, value in params.items()}

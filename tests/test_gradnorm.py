@@ -133,6 +133,14 @@ def test_at_the_target_nothing_moves():
     assert torch.equal(state.weights, torch.ones(2, dtype=F64))
 
 
+def test_the_derivative_at_a_met_target_is_finite():
+    """There the weights' gradient is 0, and so is Adam's second moment, under a root."""
+    state = start(2, gn.adam())
+    losses, norms = torch.ones(2, 2, dtype=F64)
+    update = lambda norms: gn.balance(state, gn.TaskStats(losses, norms))[0].weights[0]
+    assert torch.func.grad(update)(norms).isfinite().all()
+
+
 def test_norm_ratios_are_the_ratios_of_the_weighted_norms_once_converged():
     rate = lambda t: 0.05 * 0.99**t
     state = start(3, gn.adam(rate))

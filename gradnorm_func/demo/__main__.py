@@ -89,7 +89,7 @@ def build_parser() -> Parser:
     )
     toy.add_argument("--tasks", type=number(int, 2, 100), default=10, metavar="T", help="tasks (default: 10)")
     toy.add_argument("--seed", type=seed, default=0, help="of functions, data and parameters (default: 0)")
-    toy.add_argument("--steps", type=number(int, 2, 10**6), default=2000, help="training steps (default: 2000)")
+    toy.add_argument("--steps", type=number(int, 2, 10**6), default=1500, help="training steps (default: 1500)")
     toy.add_argument(
         "--alpha",
         type=number(float, 0, 10),
@@ -121,7 +121,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             importlib.import_module(module)
         except ImportError as error:
             parser.exit(1, f'{parser.prog}: {error}: pip install "gradnorm_func[demo]"\n')
-    figure_path(options.out)
 
     import torch
 

@@ -249,11 +249,12 @@ def main(options: Any) -> None:
     for result in results:
         how = f"best of {result.tried}" if result.tried else "no search"
         print(f"  {result.method.name:14} {result.method.setting} ({how})")
-    print(f"  (factors in the order {', '.join(digits.METRICS[task][0] for task in ORDER)})")
+    if any(" x " in result.method.setting for result in results):
+        print(f"  (factors in the order {', '.join(digits.METRICS[task][0] for task in ORDER)})")
     print(f"\n{table(results)}\n")
     print(verdict(results))
     if len(seeds) > 1:
         print(f"± is the standard deviation over {len(seeds)} seeds.")
     names = [digits.METRICS[task][0] for task in ORDER]
     shown = {result.method.name: result.history for result in results if result.method.name != STATIC}
-    figure.digits(options.out, shown, names)
+    figure.digits(options.out, shown, names, seed=seeds[0])

@@ -33,7 +33,7 @@ def smooth(values: Tensor, width: int) -> Tensor:
     return (sums[ends] - sums[starts]) / (ends - starts).reshape(-1, *[1] * (values.ndim - 1))
 
 
-def digits(path: str, histories: dict[str, Any], tasks: Sequence[str], *, width: int = 15) -> None:
+def digits(path: str, histories: dict[str, Any], tasks: Sequence[str], *, seed: int, width: int = 15) -> None:
     """One row a method: weights, shares of the gradient at W, and losses over training."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -67,9 +67,11 @@ def digits(path: str, histories: dict[str, Any], tasks: Sequence[str], *, width:
         for ax, title in zip(axes[0], titles, strict=True):
             ax.set_title(title)
         for ax in axes[-1]:
-            ax.set_xlabel(f"training step (running mean of {width})")
+            ax.set_xlabel(f"training step (seed {seed}, mean of {width} steps)")
         for row in axes:
             row[1].axhline(100 / len(tasks), color="0.6", linewidth=5, alpha=0.5, zorder=0)
+        first = axes[0, 1]
+        first.text(0.99, 0.03, "grey: equal share", transform=first.transAxes, ha="right", color="0.4", fontsize=9)
         figure.legend(lines, tasks, loc="outside upper center", ncols=len(tasks), handlelength=2.8, columnspacing=1.4)
         figure.savefig(path, dpi=130)
 
@@ -80,12 +82,13 @@ def toy(path: str, curves: dict[str, Any], scales: Sequence[float]) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 4.4), layout="constrained")
         left, right = figure.subplots(1, 2)
         balanced = curves["GradNorm"]
-        norm, shades = LogNorm(min(scales), max(scales)), matplotlib.colormaps["cividis"]
+        norm, shades = LogNorm(min(scales), 1.4 * max(scales)), matplotlib.colormaps["cividis"]
         for curve, scale in zip(balanced.weights.T, scales, strict=True):
             left.plot(balanced.steps, curve.numpy(), color=shades(float(norm(scale))))
         left.set_yscale("log")
@@ -93,7 +96,9 @@ def toy(path: str, curves: dict[str, Any], scales: Sequence[float]) -> None:
         left.set_title("GradNorm's task weights $w_i$ (mean 1)")
         left.set_xlabel("training step")
         bar = figure.colorbar(ScalarMappable(norm, shades), ax=left, label=r"scale $\sigma_i$ of the task", pad=0.02)
+        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         bar.ax.yaxis.set_major_formatter("{x:g}")
+        bar.ax.minorticks_off()
         for i, (name, curve) in enumerate(curves.items()):
             values = curve.losses.sum(1).numpy()
             dash = DASHES[len(curves) - 1 - i]

@@ -101,7 +101,7 @@ def train(
     batches: Iterable[Batch],
     test: Batch,
     weight_lr: float,
-    every: int,
+    marks: set[int],
 ) -> Curves:
     """The loop that `gn.train` is, written out: gradients and new weights from one pass, then any optimizer."""
     params = {name: value.clone() for name, value in params.items()}
@@ -118,10 +118,12 @@ def train(
         grads, state, info = balancer.grad(state, params, loss_fn, batch)
         gn.write_grads(params, grads)
         optimizer.step()
-        if step == 1 or step % every == 0:
-            weights.append(torch.exp(-params[LOG_VARIANCES]) / 2 if LOG_VARIANCES in params else info.weights)
-        if step % every == 0:
+        used = torch.exp(-params[LOG_VARIANCES]) / 2 if LOG_VARIANCES in params else info.weights
+        if step == 1:
+            weights.append(used)
+        if step in marks:
             steps.append(step)
+            weights.append(used)
             losses.append(measured(params, test) / initial)
     return Curves(steps, torch.stack(weights), torch.stack(losses))
 
@@ -150,14 +152,14 @@ def main(options: Any) -> None:
         "GradNorm": (gn.gradnorm(alpha=options.alpha, where=W, optimizer=optimizer), plain, params),
     }
     progress = Progress(len(methods), options.steps)
-    every = max(1, options.steps // EVALUATIONS)
+    marks = set(torch.linspace(1, options.steps, min(options.steps, EVALUATIONS)).round().int().tolist())
     curves = {}
     try:
         for name, (balancer, loss_fn, start) in methods.items():
             order = torch.Generator().manual_seed(seed + 1)
             rows = (torch.randint(points, (BATCH_SIZE,), generator=order) for _ in range(options.steps))
             batches = ((data[0][row], data[1][row]) for row in progress.watch(rows, name))
-            curves[name] = train(balancer, loss_fn, start, batches, test, options.weight_lr, every)
+            curves[name] = train(balancer, loss_fn, start, batches, test, options.weight_lr, marks)
     finally:
         progress.close()
     print(f"\n{table(curves)}\n")

@@ -1,0 +1,277 @@
+"""Every mistake has a message that names the argument, the value and the next thing to try, and changes nothing."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from toys import leaves, make_problem, same_bits
+
+import gradnorm_func as gn
+
+F64 = torch.float64
+NAN, INF = float("nan"), float("inf")
+problem = make_problem()
+P, B, GENERAL, SEAM = problem.params, problem.batch, problem.general, problem.seam
+
+
+def fresh(num_tasks=3, **options):
+    return gn.init_state(num_tasks, dtype=F64, **options)
+
+
+def stats(losses, norms=(3.0, 1.0, 2.0)):
+    return gn.TaskStats(torch.tensor(losses, dtype=F64), torch.tensor(norms, dtype=F64))
+
+
+FIXED, STATIC = gn.fixed_ratio(), gn.static()
+separable = gn.multi_task_loss(None, [lambda w, b: w.sum(), lambda w, b: w.square().sum(), lambda w, b: w.sum()])
+stacked = gn.multi_task_loss(
+    lambda p, x: x @ p["w"], gn.stacked_heads(lambda p, z, x: (z @ p["v"]).square().mean(), "heads")
+)
+STACKED_PARAMS = {"w": torch.ones(3, 3), "heads.v": torch.ones(5, 3)}
+
+
+def tasks_changed(losses, state):
+    return (
+        f"loss_fn returned {losses} losses, but the state was made for {state} tasks: init_state({losses}) makes one "
+        "for them; a task absent from some batches is what mask= is for"
+    )
+
+
+# (what is called with a state, what must be in the message)
+CALLS = {
+    # a state, and what comes after it
+    "params first": (
+        lambda s: gn.gradnorm_grad(P, s, GENERAL, B), "state=dict has no weights: the order of arguments is (state,"
+    ),
+    "loss_fn first": (lambda s: gn.gradnorm_update(GENERAL, s, P, B), "state=function has no weights"),
+    "loss_fn before params": (
+        lambda s: gn.gradnorm_grad(s, GENERAL, P, B), "the order of arguments is (state, params, loss_fn, batch)"
+    ),
+    "state of fixed_ratio": (
+        lambda s: gn.gradnorm_grad(FIXED.init(3), P, SEAM, B),
+        "state is a FixedRatioState, not a GradNormState: make one with gn.init_state(T)",
+    ),
+    "state for fixed_ratio": (
+        lambda s: FIXED.grad(s, P, SEAM, B),
+        "state is a GradNormState, not a FixedRatioState: make one with gn.fixed_ratio(...).init(T)",
+    ),
+    "state for static": (lambda s: STATIC.grad(s, P, SEAM, B), "state is a GradNormState, not a StaticState"),
+    "state of sgd": (
+        lambda s: gn.gradnorm_grad(fresh(optimizer=gn.sgd(0.1)), P, SEAM, B),
+        "the state holds SGDState, but this optimizer keeps AdamState: give init_state and the updates the same",
+    ),
+    "state of adam": (lambda s: gn.balance(s, stats([1, 2, 3]), optimizer=gn.sgd(0.1)), "keeps SGDState"),
+    # number of tasks
+    "tasks, general": (lambda s: gn.gradnorm_grad(fresh(2), P, GENERAL, B), tasks_changed(3, 2)),
+    "tasks, general at W": (
+        lambda s: gn.gradnorm_grad(fresh(4), P, GENERAL, B, where="trunk.1.weight"), tasks_changed(3, 4)
+    ),
+    "tasks, seam": (lambda s: gn.gradnorm_grad(fresh(2), P, SEAM, B), tasks_changed(3, 2)),
+    "tasks, separable": (lambda s: gn.gradnorm_grad(fresh(2), torch.ones(2), separable, B), tasks_changed(3, 2)),
+    "tasks, stacked": (
+        lambda s: gn.gradnorm_grad(s, STACKED_PARAMS, stacked, torch.ones(4, 3)), tasks_changed(5, 3)
+    ),
+    "tasks, update": (lambda s: gn.gradnorm_update(fresh(2), P, SEAM, B), tasks_changed(3, 2)),
+    "tasks, fixed_ratio": (lambda s: FIXED.grad(FIXED.init(2), P, SEAM, B), tasks_changed(3, 2)),
+    "tasks, balance": (lambda s: gn.balance(s, stats([1.0, 2.0], [1.0, 2.0])), tasks_changed(2, 3)),
+    "tasks, norms": (
+        lambda s: gn.balance(s, stats([1.0, 2.0, 3.0], [1.0, 2.0])), "grad_norms has 2 entries, but there are 3 tasks"
+    ),
+    "one loss": (
+        lambda s: gn.gradnorm_grad(s, P, lambda p, b: {"a": p["trunk.0"].sum()}, B),
+        "loss_fn returned 1 loss: there is nothing to balance, return one scalar per task",
+    ),
+    # what the loss returns
+    "their sum": (
+        lambda s: gn.gradnorm_grad(s, P, lambda p, b: sum(GENERAL(p, b).values()), B),
+        "losses is a single scalar, so there is nothing to balance: return one scalar per task",
+    ),
+    "a vector": (
+        lambda s: gn.gradnorm_grad(s, P, lambda p, b: {"x": p["trunk.0"], "y": p["trunk.0"].sum()}, B),
+        "losses['x'] has shape (6, 5); a loss is one scalar: take its mean() or sum()",
+    ),
+    "a matrix": (
+        lambda s: gn.gradnorm_grad(s, P, lambda p, b: p["trunk.0"], B),
+        "losses has shape (6, 5): reduce it to one scalar per task, shape (T,)",
+    ),
+    "nothing": (lambda s: gn.gradnorm_grad(s, P, lambda p, b: None, B), "losses is empty: return one scalar per task"),
+    "no aux": (
+        lambda s: gn.gradnorm_grad(s, P, GENERAL, B, has_aux=True),
+        "has_aux=True, so loss_fn must return (losses, aux), not dict",
+    ),
+    "no aux, seam": (
+        lambda s: gn.gradnorm_grad(s, P, SEAM, B, has_aux=True), "multi_task_loss was made with has_aux=False"
+    ),
+    # params and where
+    "no params": (lambda s: gn.gradnorm_grad(s, {}, GENERAL, B), "params has no leaves"),
+    "integers": (
+        lambda s: gn.gradnorm_grad(s, P | {"n": torch.ones(3, dtype=torch.int64)}, GENERAL, B),
+        "params leaf 'n' is torch.int64; only floating-point tensors have gradients: pass it in batch",
+    ),
+    "numbers": (lambda s: gn.gradnorm_grad(s, P | {"n": 2.0}, GENERAL, B), "params leaf 'n' is float"),
+    "unknown where": (
+        lambda s: gn.gradnorm_grad(s, P, SEAM, B, where="trunk.1.wieght"),
+        "where='trunk.1.wieght' matches no parameter; did you mean one of 'trunk.1.weight'",
+    ),
+    "one unknown of two": (lambda s: gn.gradnorm_grad(s, P, SEAM, B, where=["trunk", "haed"]), "where='haed' matches"),
+    "no where": (lambda s: gn.gradnorm_grad(s, P, SEAM, B, where=[]), "where=[] selects no parameter; give a path"),
+    "where never": (
+        lambda s: gn.gradnorm_grad(s, P, SEAM, B, where=lambda path: False), "selects no parameter; the paths are"
+    ),
+    # hyperparameters
+    "alpha": (lambda s: gn.gradnorm_grad(s, P, SEAM, B, alpha=-0.5), "alpha=-0.5 must be at least 0: 0 aims at equal"),
+    "alpha NaN": (lambda s: gn.gradnorm_update(s, P, SEAM, B, alpha=NAN), "alpha=nan must be at least 0"),
+    "alpha of the factory": (lambda s: gn.gradnorm(alpha=-1), "alpha=-1 must be at least 0"),
+    "floor": (lambda s: gn.balance(s, stats([1, 2, 3]), floor=0.0), "floor=0.0 is relative to the mean weight"),
+    "burn_in": (lambda s: gn.gradnorm(burn_in=-1), "burn_in=-1 counts steps from 0"),
+    "initial_decay": (lambda s: gn.gradnorm(initial_decay=1.5), "initial_decay=1.5 must lie in [0, 1]"),
+    "norm_ratios": (lambda s: gn.balance(s, stats([1, 2, 3]), norm_ratios=[1, 2]), "norm_ratios has 2 entries"),
+    "negative norm_ratios": (
+        lambda s: gn.balance(s, stats([1, 2, 3]), norm_ratios=[1, -2, 1]), "norm_ratios=[1, -2, 1] must be positive"
+    ),
+    "torch's optimizer": (
+        lambda s: gn.gradnorm_grad(s, P, SEAM, B, optimizer=torch.optim.Adam), "must be gn.sgd(lr), gn.adam(lr) or"
+    ),
+    "sgd rate": (lambda s: gn.sgd(-0.1), "learning_rate=-0.1 must be positive; to freeze the weights pass update=Fal"),
+    "adam rate": (lambda s: gn.adam(0), "learning_rate=0 must be positive"),
+    "adam decay": (lambda s: gn.adam(0.1, b2=1.0), "b2=1.0 must lie in [0, 1)"),
+    "adam eps": (lambda s: gn.adam(0.1, eps=0.0), "eps=0.0 must be positive"),
+    "no norms": (
+        lambda s: gn.balance(s, gn.TaskStats([1.0, 2.0, 3.0])), "stats has no grad_norms: measure(..., norms=True)"
+    ),
+    "no norms, fixed_ratio": (lambda s: FIXED.balance(FIXED.init(2), gn.TaskStats([1.0, 2.0])), "no grad_norms"),
+    # mask
+    "nothing present": (
+        lambda s: gn.gradnorm_grad(s, P, SEAM, B, mask=[False] * 3),
+        "mask=[False, False, False] leaves no task: skip this batch, or pass update=False",
+    ),
+    "nothing present, dict": (
+        lambda s: gn.balance(s, stats([1, 2, 3]), mask=dict.fromkeys("abc", False)), "leaves no task"
+    ),
+    "mask length": (
+        lambda s: gn.gradnorm_grad(s, P, SEAM, B, mask=torch.tensor([True, False])),
+        "mask has shape (2,), but there are 3 tasks",
+    ),
+    "mask of one": (lambda s: gn.gradnorm_grad(s, P, SEAM, B, mask=torch.tensor(True)), "mask has shape ()"),
+    # init_state
+    "T = 1": (lambda s: gn.init_state(1), "num_tasks=1: balancing needs an integer number of tasks, at least 2"),
+    "T of a factory": (lambda s: gn.gradnorm().init(0), "num_tasks=0"),
+    "T as text": (lambda s: gn.init_state("3"), "num_tasks='3'"),
+    "T as truth": (lambda s: gn.init_state(True), "num_tasks=True"),
+    "weights length": (lambda s: gn.init_state(3, weights={"a": 1.0, "b": 2.0}), "weights has 2 entries, but num_ta"),
+    "weight of 0": (lambda s: gn.init_state(2, weights=[0.0, 1.0]), "must be positive and finite; to leave a task out"),
+    "weight NaN": (lambda s: gn.init_state(2, weights=[NAN, 1.0]), "weights=[nan, 1.0] must be positive and finite"),
+    "L(0) length": (lambda s: gn.init_state(2, initial_losses=[1.0]), "initial_losses has 1 entries, but num_tasks=2"),
+    "dtype": (lambda s: gn.init_state(2, dtype=torch.int32), "dtype=torch.int32 must be a floating-point dtype"),
+    # multi_task_loss
+    "one head": (lambda s: gn.multi_task_loss(lambda p, b: b, [len]), "heads has 1 task(s); balancing needs at least"),
+    "train on nothing": (lambda s: gn.train(P, SEAM, []), "batches is empty: there was nothing to train on"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CALLS)
+@pytest.mark.filterwarnings("ignore::Warning:tqdm")
+def test_the_message_says_what_and_how_and_nothing_changed(case):
+    call, message = CALLS[case]
+    state = fresh(weights=[0.5, 1.5, 1.0])
+    before = [leaf.clone() for leaf in leaves(state, P, B)]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(state)
+    assert same_bits(before, leaves(state, P, B))
+
+
+def test_an_unknown_keyword_is_pythons_own_error():
+    with pytest.raises(TypeError, match="alhpa"):
+        gn.gradnorm_grad(fresh(), P, SEAM, B, alhpa=1.0)
+
+
+# ---------------------------------------------------------------------------------------------- values, not mistakes
+
+UNUSABLE = {
+    "NaN loss": ([1.0, NAN, 2.0], [3.0, 1.0, 2.0]),
+    "infinite loss": ([1.0, 2.0, INF], [3.0, 1.0, 2.0]),
+    "NaN norm": ([1.0, 2.0, 2.0], [NAN, 1.0, 2.0]),
+    "infinite norm": ([1.0, 2.0, 2.0], [3.0, INF, 2.0]),
+    "negative rate to a broken power": ([1.0, -2.0, 2.0], [3.0, 1.0, 2.0]),
+}
+
+
+@pytest.mark.parametrize("optimizer", [gn.sgd(0.1), gn.adam()], ids=["sgd", "adam"])
+@pytest.mark.parametrize("log_space", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_a_step_that_is_not_finite_leaves_the_state_bit_for_bit(case, first, log_space, optimizer):
+    state = fresh(optimizer=optimizer)
+    if not first:
+        state, _ = gn.balance(state, stats([1.0, 2.0, 3.0]), optimizer=optimizer)
+    elif case.startswith("negative"):
+        state = fresh(optimizer=optimizer, initial_losses=[1.0, 1.0, 1.0])
+    new, info = gn.balance(state, stats(*UNUSABLE[case]), alpha=1.5, log_space=log_space, optimizer=optimizer)
+    assert not info.finite
+    assert same_bits(new, state)
+    new, info = gn.balance(state, stats([1.0, 2.0, 3.0]), log_space=log_space, optimizer=optimizer)
+    assert info.finite, "the next good step goes on"
+    assert new.step == state.step + 1
+
+
+@pytest.mark.parametrize("log_space", [False, True])
+def test_a_learning_rate_that_is_not_finite_leaves_the_state(log_space):
+    broken = gn.sgd(lambda t: torch.tensor(NAN))
+    state = fresh(optimizer=broken)
+    new, info = gn.balance(state, stats([1.0, 2.0, 3.0]), optimizer=broken, log_space=log_space)
+    assert not info.finite
+    assert same_bits(new, state)
+
+
+@pytest.mark.parametrize("mask", [torch.zeros(3, dtype=torch.bool), dict.fromkeys("abc", torch.tensor(False))])
+def test_a_mask_tensor_false_everywhere_leaves_the_state(mask):
+    """Its values cannot be looked at without waiting for the device, so it is no error."""
+    for balancer in (gn.gradnorm(), gn.gradnorm(log_space=True), gn.fixed_ratio(), gn.static()):
+        state = balancer.init(3, dtype=F64)
+        grads, new, _ = balancer.grad(state, P, SEAM, B, mask=mask)
+        assert same_bits(new, state)
+        assert not any(leaf.any() for leaf in leaves(grads))
+
+
+def test_zero_losses():
+    state, info = gn.balance(fresh(), stats([0.0, 2.0, 3.0]))
+    assert info.finite
+    assert state.initial_losses[0].isnan(), "0 is no L(0): the next loss is"
+    assert torch.equal(info.inverse_rates, torch.ones(3, dtype=F64))
+    state, _ = gn.balance(state, stats([4.0, 2.0, 3.0]))
+    assert state.initial_losses.tolist() == [4.0, 2.0, 3.0]
+    state, info = gn.balance(state, stats([0.0, 1.0, 3.0]), alpha=0.5)  # solved: it wants no gradient any more
+    assert info.finite
+    assert info.targets[0] == 0
+    state, info = gn.balance(state, stats([0.0, 0.0, 0.0]))
+    assert info.finite
+    assert (state.weights > 0).all()
+
+
+def test_zero_norms_are_reported_and_harmless():
+    state, info = gn.balance(fresh(), stats([1.0, 2.0, 3.0], [0.0, 0.0, 0.0]))
+    assert info.finite
+    assert torch.equal(info.grad_norms, torch.zeros(3, dtype=F64))
+    assert torch.equal(state.weights, torch.ones(3, dtype=F64))
+    state, info = gn.balance(state, stats([1.0, 2.0, 3.0], [0.0, 1.0, 1.0]))
+    assert info.finite
+    assert (state.weights > 0).all()
+    # A wrong W, here another task's head, shows up in the model's Info as exact zeros.
+    _, _, info = gn.gradnorm_grad(fresh(), P, SEAM, B, where="head.1")
+    assert [bool(norm) for norm in info.grad_norms] == [False, True, False]
+
+
+def test_numbers_arrays_and_numpy_scalars_are_as_good_as_tensors():
+    expected, _ = gn.balance(fresh(weights=[0.1, 0.2, 0.7]), stats([1.1, 2.2, 3.3]))
+    assert expected.total.item() == pytest.approx(1.0, rel=1e-15), "numbers must not pass through float32"
+    for make in (
+        list,
+        tuple,
+        np.array,
+        lambda x: dict(zip("abc", x, strict=True)),
+        lambda x: [np.float64(v) for v in x],
+    ):
+        state = fresh(weights=make([0.1, 0.2, 0.7]))
+        new, _ = gn.balance(state, gn.TaskStats(make([1.1, 2.2, 3.3]), make([3.0, 1.0, 2.0])))
+        assert same_bits(new, expected)

@@ -1,0 +1,151 @@
+"""train: the loop, against the same loop by hand."""
+
+import functools
+import sys
+
+import pytest
+import torch
+import torch._dynamo.utils
+from toys import BALANCERS, inverse_norm, leaves, make_batch, make_problem, same_bits
+
+import gradnorm_func as gn
+
+F64 = torch.float64
+SGD = functools.partial(torch.optim.SGD, lr=0.02, momentum=0.9)
+BATCHES = [make_batch(t) for t in range(6)]
+
+
+def by_hand(balancer, params, loss_fn, batches, optimizer=SGD, masks=None):
+    params = {name: leaf.detach().clone() for name, leaf in params.items()}
+    stepper = optimizer(list(params.values()))
+    state, infos = balancer.init(3, dtype=F64), []
+    for t, batch in enumerate(batches):
+        grads, state, info = balancer.grad(state, params, loss_fn, batch, mask=None if masks is None else masks[t])
+        gn.write_grads(params, grads)
+        stepper.step()
+        infos.append(info)
+    return params, state, infos
+
+
+@pytest.mark.parametrize("name", BALANCERS)
+def test_it_is_the_loop_by_hand(name):
+    problem = make_problem()
+    balancer = BALANCERS[name](None)
+    expected, expected_state, infos = by_hand(balancer, problem.params, problem.seam, BATCHES)
+    params, state, history = gn.train(
+        problem.params, problem.seam, iter(BATCHES), balancer=balancer, optimizer=SGD, progress=False
+    )
+    assert same_bits(params, expected)
+    assert same_bits(state, expected_state)
+    assert type(history) is type(infos[0])
+    for field, stacked in history._asdict().items():
+        assert same_bits(stacked, torch.stack([getattr(info, field) for info in infos]))
+
+
+def test_defaults_are_gradnorm_and_adam():
+    problem = make_problem()
+    adam = functools.partial(torch.optim.Adam, lr=1e-3)
+    expected, expected_state, _ = by_hand(gn.gradnorm(), problem.params, problem.general, BATCHES, adam)
+    params, state, _ = gn.train(problem.params, problem.general, BATCHES, progress=False)
+    assert same_bits((params, state), (expected, expected_state))
+
+
+def test_nothing_given_is_written_to():
+    problem = make_problem()
+    params = {name: leaf.requires_grad_() for name, leaf in problem.params.items()}
+    state = gn.init_state(3, dtype=F64)
+    before = [leaf.detach().clone() for leaf in leaves(params, state, BATCHES)]
+    trained, new, history = gn.train(params, problem.seam, BATCHES, state=state, progress=False)
+    assert same_bits(before, leaves(params, state, BATCHES))
+    assert all(leaf.grad is None for leaf in params.values())
+    assert not any(leaf.requires_grad or leaf.grad is not None for leaf in leaves(trained, new, history))
+    assert not same_bits(trained, params)
+
+
+def test_it_goes_on_from_a_state():
+    problem = make_problem()
+    run = functools.partial(gn.train, loss_fn=problem.seam, optimizer=functools.partial(torch.optim.SGD, lr=0.02))
+    whole, whole_state, _ = run(problem.params, batches=BATCHES, progress=False)
+    half, state, _ = run(problem.params, batches=BATCHES[:3], progress=False)
+    rest, state, _ = run(half, batches=BATCHES[3:], state=state, progress=False)
+    assert same_bits((rest, state), (whole, whole_state))
+
+
+@pytest.mark.parametrize("at", [0, 2, 5])
+@pytest.mark.parametrize("name", ["gradnorm-adam", "gradnorm-log", "fixed-ratio", "static"])
+def test_a_nan_batch_is_skipped(name, at):
+    """As if it had not been there; the momentum of the optimizer included."""
+    problem = make_problem()
+    balancer = BALANCERS[name](None)
+    bad = (BATCHES[0][0], BATCHES[0][1] * torch.nan)
+    run = functools.partial(gn.train, loss_fn=problem.seam, balancer=balancer, optimizer=SGD, progress=False)
+    params, state, history = run(problem.params, batches=[*BATCHES[:at], bad, *BATCHES[at:]])
+    expected, expected_state, _ = run(problem.params, batches=BATCHES)
+    assert same_bits((params, state), (expected, expected_state))
+    assert history.finite.tolist() == [t != at for t in range(7)]
+
+
+def test_a_mask_of_the_batch():
+    problem = make_problem()
+    masks = [[True, t % 2 == 0, t != 3] for t in range(6)]
+    batches = [(*batch, t) for t, batch in enumerate(BATCHES)]
+    balancer = gn.gradnorm()
+    expected, expected_state, _ = by_hand(balancer, problem.params, problem.seam, batches, masks=masks)
+    params, state, history = gn.train(
+        problem.params, problem.seam, batches, balancer=balancer, optimizer=SGD,
+        mask=lambda batch: torch.tensor(masks[batch[2]]), progress=False,
+    )  # fmt: skip
+    assert same_bits((params, state), (expected, expected_state))
+    assert torch.equal(history.weights[2, 1], history.weights[1, 1]), "absent at step 1, so its weight stayed"
+
+
+def test_compile_is_one_graph_and_the_same_run():
+    problem = make_problem()
+    run = functools.partial(gn.train, problem.params, problem.seam, BATCHES[:4], optimizer=SGD, progress=False)
+    params, state, history = run()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    compile_ = torch.compile
+    torch.compile = functools.partial(compile_, backend="aot_eager")  # Inductor would take a minute to say the same
+    try:
+        compiled = run(compile=True)
+    finally:
+        torch.compile = compile_
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs == 1
+    for ours, theirs in zip(leaves(compiled), leaves(params, state, history), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
+
+
+def test_bfloat16_parameters_get_float32_weights():
+    problem = make_problem(dtype=torch.bfloat16)
+    batches = [tuple(x.bfloat16() for x in batch) for batch in BATCHES]
+    params, state, _ = gn.train(problem.params, problem.seam, batches, progress=False)
+    assert {leaf.dtype for leaf in params.values()} == {torch.bfloat16}
+    assert state.weights.dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore::Warning:tqdm")
+@pytest.mark.parametrize("installed", [False, True])
+def test_progress_with_and_without_tqdm(installed, monkeypatch, capsys):
+    if installed:
+        pytest.importorskip("tqdm")
+    else:
+        monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    problem = make_problem()
+    shown = gn.train(problem.params, problem.seam, BATCHES)
+    assert ("train" in capsys.readouterr().err) == installed
+    assert same_bits(shown, gn.train(problem.params, problem.seam, BATCHES, progress=False))
+
+
+def test_the_users_own_balancer_trains():
+    problem = make_problem()
+    _, state, history = gn.train(problem.params, problem.seam, BATCHES, balancer=inverse_norm(0.5), progress=False)
+    assert history.weights.shape == (6, 3)
+    assert state.weights.dtype == F64
+
+
+def test_no_batches_is_an_error():
+    problem = make_problem()
+    used = iter(BATCHES)
+    gn.train(problem.params, problem.seam, used, progress=False)
+    with pytest.raises(ValueError, match=r"batches is empty.*a generator can be used only once"):
+        gn.train(problem.params, problem.seam, used, progress=False)
