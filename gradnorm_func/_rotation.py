@@ -170,7 +170,7 @@ def _inverse(matrix: Tensor) -> Tensor:
     By halves, so that nearly all of it is matrix products: three times as fast as LAPACK at m = 128 on a CPU.
     """
     size = matrix.shape[-1]
-    if size <= 32:
+    if size <= 16:
         inverse: Tensor = torch.linalg.inv_ex(matrix)[0]
         return inverse
     h = size // 2
@@ -187,7 +187,7 @@ def _inverse(matrix: Tensor) -> Tensor:
 def _right_solve(x: Tensor, matrix: Tensor) -> Tensor:
     """X M⁻¹, M as in `_inverse`, with half of the last products saved."""
     size = matrix.shape[-1]
-    if size <= 32:
+    if size <= 16:
         return x @ _inverse(matrix)
     h = size // 2
     b, c, d = matrix[..., :h, h:], matrix[..., h:, :h], matrix[..., h:, h:]

@@ -1,4 +1,4 @@
-"""The command line: `python -m gradnorm_func.demo [digits|toy] [options]`."""
+"""The command line: `python -m gradnorm_func.demo [digits|toy|rotograd] [options]`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ Loss balancing at work, on a laptop's CPU, in about a minute.
   digits   (the default) real handwritten digits, six tasks with six units: equal weights,
            tuned static weights, GradNorm and fixed gradient ratios; a table and a figure
   toy      the toy of the GradNorm paper: GradNorm against equal and uncertainty weighting
+  rotograd the toys of the RotoGrad paper with and without rotations, and RotoGrad on the digits
 """
 
 
@@ -58,7 +59,7 @@ def build_parser() -> Parser:
     """Both commands and their options."""
     keep = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="python -m gradnorm_func.demo", description=DESCRIPTION, formatter_class=keep)
-    commands = parser.add_subparsers(dest="command", metavar="{digits,toy}", parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", metavar="{digits,toy,rotograd}", parser_class=Parser)
     count, seed = number(int, 1, 1000), number(int, 0, 2**31)
 
     digits = commands.add_parser(
@@ -105,7 +106,20 @@ def build_parser() -> Parser:
         command.add_argument(
             "--out", type=figure_path, default=default, metavar="FILE", help=f"the figure (default: {default})"
         )
-    parser.epilog = "\n" + digits.format_help() + "\n" + toy.format_help()
+    from gradnorm_func.demo import rotograd as roto
+
+    rotograd = commands.add_parser(
+        "rotograd",
+        help="the toys of the RotoGrad paper, and RotoGrad on the digits",
+        description="Two tasks on one point of the plane, without and with rotations: does each reach its optimum? "
+        "Then plain training, GradNorm, RotoGrad and RotoGradNorm on the six digit tasks.",
+    )
+    roto.add_arguments(rotograd)
+    default = "gradnorm_rotograd.png"
+    rotograd.add_argument(
+        "--out", type=figure_path, default=default, metavar="FILE", help=f"the figure (default: {default})"
+    )
+    parser.epilog = "\n" + digits.format_help() + "\n" + toy.format_help() + "\n" + rotograd.format_help()
     return parser
 
 
@@ -116,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.insert(0, "digits")
     parser = build_parser()
     options = parser.parse_args(arguments)
-    for module in ("matplotlib", "sklearn") if options.command == "digits" else ("matplotlib",):
+    for module in ("matplotlib", "sklearn") if options.command != "toy" else ("matplotlib",):
         try:
             importlib.import_module(module)
         except ImportError as error:
@@ -131,6 +145,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from gradnorm_func.demo import toy
 
             toy.main(options)
+        elif options.command == "rotograd":
+            from gradnorm_func.demo import rotograd
+
+            rotograd.run(options)
         else:
             from gradnorm_func.demo import compare
 
