@@ -97,7 +97,7 @@ class Layout(NamedTuple):
         """m, the number of rotated features."""
         return int(torch.Size(self.shape).numel())
 
-    def index(self, leaves: list[Tensor], treedef: object) -> int:
+    def leaf(self, leaves: list[Tensor], treedef: object) -> int:
         """The leaf of z that is rotated."""
         names = _tree.paths(_tree.unflatten(treedef, leaves))
         if self.path is None:

@@ -24,7 +24,15 @@ from gradnorm_func._rotograd_measure import (
     rotograd_merge,
     run,
 )
-from gradnorm_func._rotograd_scale import Hyper, Numbers, RotoGradState, hyperparameters, numbers, weight_gradient
+from gradnorm_func._rotograd_scale import (
+    Hyper,
+    Numbers,
+    RotoGradState,
+    diagonal,
+    hyperparameters,
+    numbers,
+    weight_gradient,
+)
 from gradnorm_func._step import Balancer, choose
 
 
@@ -382,7 +390,7 @@ def _init(
     else:
         if rotations.shape != shape:
             raise ValueError(f"rotations has shape {tuple(rotations.shape)}; these tasks and features need {shape}")
-        start = rotations.detach().to(dtype=dtype, device=device, copy=True)
+        start = rotations.detach().to(dtype=dtype, device=device).clone(memory_format=torch.contiguous_format)
         if not bool(torch.linalg.matrix_norm(start.mT @ start - eye).max() < 1e-3):
             raise ValueError("rotations must be orthogonal; see gn.random_rotations")
     losses = torch.full((num_tasks,), torch.nan, dtype=dtype, device=device)
@@ -417,7 +425,7 @@ def _balance(
         info = _info(stats, gram, found, here, hyper)
         if update is False:
             return state, info
-        new = _rotated(state, _objective_gradient(state, stats, found, hyper), here, hyper)
+        new = _rotated(state, _objective_gradient(state, stats, found, hyper), hyper)
         new = new._replace(
             initial_losses=found.initial_losses,
             initial_norms=found.initial_norms,
@@ -429,7 +437,9 @@ def _balance(
             step, moments = hyper.weight_optimizer.update(by_log, state.weight_moments, state.weights.log())
             raw = torch.where(here, state.weights * step.exp(), 0.0)
             moved = torch.where(here, raw * (torch.where(here, state.weights, 0.0).sum() / raw.sum()), state.weights)
-            new = new._replace(weights=moved, weight_moments=_kept(here, moments, state.weight_moments))
+            new = new._replace(weights=moved, weight_moments=moments)
+        if mask is not None:
+            new = _with_absent(here, new, state)
         ok = info.finite & new.rotations.isfinite().all() & new.weights.isfinite().all()
         info = info._replace(finite=ok)
         return choose(ok & here.any() & torch.as_tensor(update, device=here.device), new, state), info
@@ -451,40 +461,37 @@ def _objective_gradient(state: RotoGradState, stats: RotoGradStats, found: Numbe
     if hyper.form != "paper":
         gradient = gradient + factor * square
     own = stats.task_moments * ratio[:, None, None]
-    sizes = [torch.linalg.matrix_norm(x, keepdim=True) for x in (own, gradient, (own + gradient) / 2)]
-    own, other = (
-        torch.where(size > 0, x * (sizes[2] / torch.where(size > 0, size, 1.0)), 0.0)
-        for x, size in zip((own, gradient), sizes[:2], strict=True)
-    )
-    return torch.where(state.step >= hyper.cooperative, own + other, gradient)
+    size = torch.linalg.matrix_norm((own + gradient) / 2, keepdim=True)
+    return torch.where(state.step >= hyper.cooperative, _resized(own, size) + _resized(gradient, size), gradient)
 
 
-def _rotated(state: RotoGradState, gradient: Tensor, here: Tensor, hyper: Hyper) -> RotoGradState:
+def _resized(x: Tensor, size: Tensor) -> Tensor:
+    """A stack of matrices, each scaled to a norm; 0 stays 0."""
+    norm = torch.linalg.matrix_norm(x, keepdim=True)
+    return torch.where(norm > 0, x * (size / torch.where(norm > 0, norm, 1.0)), 0.0)
+
+
+def _rotated(state: RotoGradState, gradient: Tensor, hyper: Hyper) -> RotoGradState:
     """The state with rotations one step further; `gradient` is R_kᵀ ∂/∂R_k."""
     if hyper.moving:
-        tangents, base = (), ()
         step, moments = hyper.optimizer.update(skew(gradient), state.moments, torch.zeros_like(gradient))
         rotations = polish(turn(state.rotations, step, hyper.map), state.step)
-    else:
-        to_rotation, base = MAPS[hyper.map], state.base
-        mapped, pull = vjp(to_rotation, state.tangents)
-        step, moments = hyper.optimizer.update(skew(pull(mapped @ gradient)[0]), state.moments, state.tangents)
-        tangents = torch.where(here[:, None, None], state.tangents + step, state.tangents)
-        rotations = base @ to_rotation(tangents)
-    rotations = torch.where(here[:, None, None], rotations, state.rotations)
-    return state._replace(
-        rotations=rotations, base=base, tangents=tangents, moments=_kept(here, moments, state.moments)
-    )
+        return state._replace(rotations=rotations, moments=moments)
+    to_rotation = MAPS[hyper.map]
+    mapped, pull = vjp(to_rotation, state.tangents)[:2]
+    step, moments = hyper.optimizer.update(skew(pull(mapped @ gradient)[0]), state.moments, state.tangents)
+    tangents = state.tangents + step
+    return state._replace(rotations=state.base @ to_rotation(tangents), tangents=tangents, moments=moments)
 
 
 def _info(stats: RotoGradStats, gram: Tensor, found: Numbers, here: Tensor, hyper: Hyper) -> RotoGradInfo:
     ratio = found.units / stats.units
     head_gram = stats.head_gram * ratio[:, None] * ratio
-    head_norms = _tree.safe_sqrt(head_gram.diagonal())
+    head_norms = _tree.safe_sqrt(diagonal(head_gram))
     agreement = gram @ found.direction
     rotation_losses = -agreement
     if hyper.form != "paper":
-        distance = found.direction @ agreement + gram.diagonal() - 2 * agreement
+        distance = found.direction @ agreement + diagonal(gram) - 2 * agreement
         rotation_losses = distance / max(stats.examples, 1.0)
     total = torch.where(here, stats.losses, 0.0).sum()
     finite = ((stats.losses.isfinite() & found.norms.isfinite()) | ~here).all() & gram.isfinite().all()
@@ -509,13 +516,13 @@ def _cosines(gram: Tensor, norms: Tensor) -> Tensor:
     return torch.where(size > 0, gram / torch.where(size > 0, size, 1.0), 0.0)
 
 
-def _kept(here: Tensor, new: Any, old: Any) -> Any:
-    """Optimizer moments: the new ones of the tasks present, the old ones of the others."""
+def _with_absent(here: Tensor, new: RotoGradState, old: RotoGradState) -> RotoGradState:
+    """The new state, with everything of the absent tasks as it was."""
 
     def pick(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(here.reshape(-1, *[1] * (a.ndim - 1)), a, b) if a.ndim else a
 
-    return _tree.tree_map(pick, new, old)
+    return _tree.tree_map(pick, new, old)  # type: ignore[no-any-return]
 
 
 def _check(state: RotoGradState, hyper: Hyper) -> None:

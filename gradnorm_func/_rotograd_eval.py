@@ -61,7 +61,7 @@ def rotograd_task_fn(
         def fn(batch: Any) -> Any:
             z, _, _ = loss_fn.shared(params, batch)
             leaves, treedef = _tree.flatten(z)
-            at = layout.index(leaves, treedef)
+            at = layout.leaf(leaves, treedef)
             leaves[at] = layout.spread(leaves[at], state.rotations[index : index + 1].to(leaves[at].dtype))[0]
             z = _tree.unflatten(treedef, leaves)
             if isinstance(functions, StackedHeads):  # all of them, for only vmap knows the task's part of the batch
@@ -156,4 +156,4 @@ def _index(task: str | int, names: list[str]) -> int:
         return task
     if task not in names:
         raise ValueError(f"task={task!r} is none of the tasks {names}")
-    return names.index(task)  # type: ignore[arg-type]
+    return names.index(task)

@@ -129,9 +129,11 @@ def rotograd_merge(*stats: RotoGradStats) -> RotoGradStats:
     # Back to the losses as they are: micro-batches of the first step each took their own L(0).
     back = [1 / s.units for s in stats]
     pair = [b[:, None] * b for b in back]
-    gram = lambda name: total(
-        [getattr(s, name) * column(p, getattr(s, name)) for s, p in zip(stats, pair, strict=True)], square
-    )
+
+    def gram(name: str) -> Any:
+        parts = [getattr(s, name) for s in stats]
+        return total([x * column(p, x) for x, p in zip(parts, pair, strict=True)], square)
+
     return RotoGradStats(
         losses=total([s.losses for s in stats], mean),
         backbone_loss=total([s.backbone_loss for s in stats], mean),
@@ -251,7 +253,7 @@ def run(
         return units(losses) if mask is None else units(losses) * here
 
     def spread(z: list[Tensor], treedef: Any) -> list[Tensor]:
-        chosen[0] = layout.index(z, treedef)
+        chosen[0] = layout.leaf(z, treedef)
         rotations = state.rotations.to(z[chosen[0]].dtype)
         layout.blocks(z[chosen[0]])
         count = rotations.shape[0]

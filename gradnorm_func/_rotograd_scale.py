@@ -127,7 +127,7 @@ def numbers(state: RotoGradState, losses: Tensor, gram: Tensor, here: Tensor, hy
     """All (T,) factors of a step, from losses and the (T, T) Gramian of the (normalised) task gradients at z."""
     count = here.sum().clamp(min=1)
     initial_losses = retaken(state.initial_losses, losses, state, hyper, here)
-    square = torch.where(here, gram.diagonal(dim1=-2, dim2=-1), 0.0)
+    square = torch.where(here, diagonal(gram), 0.0)
     norms = _tree.safe_sqrt(square)
     inverse = torch.where(norms > 0, 1 / torch.where(norms > 0, norms, 1.0), 0.0)
     initial_norms = retaken(state.initial_norms, norms, state, hyper, here)
@@ -153,6 +153,11 @@ def numbers(state: RotoGradState, losses: Tensor, gram: Tensor, here: Tensor, hy
         weights = (shares * norms).sum() * inverse
     units = units_of(initial_losses, hyper)
     return Numbers(units, direction, weights, norms, rates, initial_losses, initial_norms)
+
+
+def diagonal(gram: Tensor) -> Tensor:
+    """(T,) of (T, T); Inductor warns of the operator of this name in torch 2.13."""
+    return gram.reshape(-1)[:: gram.shape[-1] + 1]
 
 
 def mean_norm(gram: Tensor, weights: Tensor, count: Tensor) -> Tensor:

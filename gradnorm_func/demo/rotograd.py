@@ -22,6 +22,7 @@ from gradnorm_func.demo.progress import Progress
 HIDDEN, LEARNING_RATE, ROTATION_RATE, DECAY = 10, 1e-3, 0.05, 0.99999
 REACHED = 0.1  # distance from the optimum that counts as having reached it
 PLAIN, ROTATED = "without rotations", "with rotations"
+AS_THEY_ARE, NORMALISED = "L", "L / L(0)"
 
 
 class Toy(NamedTuple):
@@ -34,13 +35,15 @@ class Toy(NamedTuple):
 
 def bowl(r: Tensor, s: float) -> Tensor:
     """A long convex valley with its minimum at (s, s)."""
-    return (r[..., 0] - s).square().mean() + 25 * (r[..., 1] - s).square().mean()
+    height: Tensor = (r[..., 0] - s).square().mean() + 25 * (r[..., 1] - s).square().mean()
+    return height
 
 
 def ripples(r: Tensor, s: float) -> Tensor:
     """Local minima all around, the global one at (s, s)."""
     d = r - s
-    return (d.abs() - 3 * torch.sinc(3 * d / torch.pi)).sum(-1).mean()
+    height: Tensor = (d.abs() - 3 * torch.sinc(3 * d / torch.pi)).sum(-1).mean()
+    return height
 
 
 TOYS = (
@@ -58,10 +61,11 @@ class Path(NamedTuple):
 
     def distances(self, toy: Toy) -> Tensor:
         """(seeds, 2) from the optima at the end."""
-        return (self.points[-1] - torch.tensor(toy.optima)[:, None]).norm(dim=-1)
+        distances: Tensor = (self.points[-1] - torch.tensor(toy.optima)[:, None]).norm(dim=-1)
+        return distances
 
 
-def descend(toy: Toy, seeds: int, steps: int, rotate: bool) -> Path:
+def descend(toy: Toy, seeds: int, steps: int, rotate: bool, normalize: bool) -> Path:
     """All seeds as one vmap."""
 
     def backbone(params: Any, x: Tensor) -> Tensor:
@@ -74,7 +78,7 @@ def descend(toy: Toy, seeds: int, steps: int, rotate: bool) -> Path:
 
     loss_fn = gn.multi_task_loss(backbone, [head(s) for s in toy.optima])
     schedule = lambda step: ROTATION_RATE * DECAY**step
-    method = gn.rotograd(2, scale="none", normalize=True, burn_in=None, optimizer=gn.adam(schedule))
+    method = gn.rotograd(2, scale="none", normalize=normalize, burn_in=None, optimizer=gn.adam(schedule))
     x = torch.zeros(1, 2)  # every input is (0, 0): z depends on the biases alone
     fresh = [method.init(2) for _ in range(seeds)]
     state = gn._tree.tree_map(lambda *leaves: torch.stack(leaves), *fresh)
@@ -107,22 +111,30 @@ def _initial(seeds: int) -> dict[str, list[Tensor]]:
     return rows
 
 
-def toys(seeds: int, steps: int) -> dict[str, dict[str, Path]]:
-    """Every toy without and with rotations, from the same start."""
-    return {toy.name: {name: descend(toy, seeds, steps, name == ROTATED) for name in (PLAIN, ROTATED)} for toy in TOYS}
+Paths = dict[tuple[str, str, str], Path]  # by toy, kind of loss, and without or with rotations
 
 
-def toy_table(paths: dict[str, dict[str, Path]]) -> str:
+def toys(seeds: int, steps: int) -> Paths:
+    """Every toy without and with rotations, from the same start, on losses as they are and divided by L(0)."""
+    return {
+        (toy.name, kind, name): descend(toy, seeds, steps, name == ROTATED, kind == NORMALISED)
+        for toy in TOYS
+        for kind in (AS_THEY_ARE, NORMALISED)
+        for name in (PLAIN, ROTATED)
+    }
+
+
+def toy_table(paths: Paths) -> str:
     """On how many seeds each task, and both, ended at their optimum."""
-    lines = [f"{'toy':34}{'':20}{'task 1':>8}{'task 2':>8}{'both':>8}   median distance"]
-    for toy in TOYS:
-        for name, path in paths[toy.name].items():
-            distances = path.distances(toy)
-            near = distances < REACHED
-            counts = [int(near[:, 0].sum()), int(near[:, 1].sum()), int(near.all(1).sum())]
-            row = "".join(f"{count:>5}/{len(near):<2}" for count in counts)
-            spread = " ".join(f"{float(d):.2f}" for d in distances.median(0).values)
-            lines.append(f"{toy.name:34}{name:20}{row}     {spread}")
+    lines = [f"{'toy':33}{'loss':10}{'':19}{'task 1':>7}{'task 2':>8}{'both':>8}   median distances"]
+    by_name = {toy.name: toy for toy in TOYS}
+    for (toy, kind, name), path in paths.items():
+        distances = path.distances(by_name[toy])
+        near = distances < REACHED
+        counts = [int(near[:, 0].sum()), int(near[:, 1].sum()), int(near.all(1).sum())]
+        row = "".join(f"{count:>5}/{len(near):<2}" for count in counts)
+        spread = "  ".join(f"{float(d):.2f}" for d in distances.median(0).values)
+        lines.append(f"{toy:33}{kind:10}{name:18}{row}     {spread}")
     return "\n".join(lines)
 
 
@@ -210,8 +222,8 @@ def run(args: argparse.Namespace) -> None:
                   f"them, {after:+.2f} after rotating back.")  # fmt: skip
 
 
-def figure(out: str, paths: dict[str, dict[str, Path]]) -> None:
-    """The points of both tasks over training, on the contours of their losses."""
+def figure(out: str, paths: Paths) -> None:
+    """The points of both tasks over training, on the contours of their losses; the losses as they are."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -225,10 +237,10 @@ def figure(out: str, paths: dict[str, dict[str, Path]]) -> None:
     y, x = torch.meshgrid(grid, grid, indexing="ij")
     where = torch.stack([x, y], -1)
     for column, toy in enumerate(TOYS):
-        for row, (name, path) in enumerate(paths[toy.name].items()):
-            ax = axes[row, column]
+        for row, name in enumerate((PLAIN, ROTATED)):
+            ax, path = axes[row, column], paths[toy.name, AS_THEY_ARE, name]
             for k, s in enumerate(toy.optima):
-                height = torch.func.vmap(torch.func.vmap(lambda r, s=s: toy.loss(r[None], s)))(where)
+                height = torch.func.vmap(torch.func.vmap(toy.loss, in_dims=(0, None)), in_dims=(0, None))(where, s)
                 levels = torch.quantile(height.flatten(), torch.tensor([0.02, 0.07, 0.15, 0.3])).tolist()
                 ax.contour(x, y, height, levels=levels, colors=colours[k], linewidths=0.6, alpha=0.45)
                 track = path.points[:, :, k]
@@ -236,12 +248,22 @@ def figure(out: str, paths: dict[str, dict[str, Path]]) -> None:
                 ax.scatter(
                     track[-1, :, 0], track[-1, :, 1], s=26, color=colours[k], zorder=4, label=f"task {k + 1}, end"
                 )
-                ax.scatter([s], [s], marker="*", s=190, color=colours[k], edgecolors="black", linewidths=0.8, zorder=3)
+                ax.scatter(
+                    [s],
+                    [s],
+                    marker="*",
+                    s=190,
+                    color=colours[k],
+                    edgecolors="black",
+                    linewidths=0.8,
+                    zorder=3,
+                    label=f"task {k + 1}: optimum",
+                )
             starts = path.points[0, :, 0]
             ax.scatter(starts[:, 0], starts[:, 1], s=10, color="black", zorder=5, label="start")
             near = (path.distances(toy) < REACHED).all(1)
-            ax.text(0.03, 0.97, f"both optima: {int(near.sum())} of {len(near)} seeds", transform=ax.transAxes, va="top",
-                    bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8})  # fmt: skip
+            ax.text(0.03, 0.97, f"both optima: {int(near.sum())} of {len(near)} seeds", va="top",
+                    transform=ax.transAxes, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8})  # fmt: skip
             ax.set_aspect("equal")
             ax.set_title(f"{toy.name}\n{name}" if row == 0 else name, fontsize=10)
     axes[0, 0].legend(loc="lower right", fontsize=8, framealpha=0.9)
