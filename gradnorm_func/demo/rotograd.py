@@ -19,9 +19,10 @@ import gradnorm_func as gn
 from gradnorm_func.demo import compare, digits
 from gradnorm_func.demo.progress import Progress
 
-HIDDEN, LEARNING_RATE, ROTATION_RATE, DECAY = 10, 1e-3, 0.05, 0.99999
+HIDDEN, LEARNING_RATE, ROTATION_RATE = 10, 1e-3, 0.05
+DECAYS = {"with rotations": 0.99999, "rotation rate falls": 0.99}  # per step: the published one, and one that counts
 REACHED = 0.1  # distance from the optimum that counts as having reached it
-PLAIN, ROTATED = "without rotations", "with rotations"
+PLAIN, ROTATED, DECAYING = "without rotations", "with rotations", "rotation rate falls"
 AS_THEY_ARE, NORMALISED = "L", "L / L(0)"
 
 
@@ -65,7 +66,7 @@ class Path(NamedTuple):
         return distances
 
 
-def descend(toy: Toy, seeds: int, steps: int, rotate: bool, normalize: bool) -> Path:
+def descend(toy: Toy, seeds: int, steps: int, name: str, normalize: bool) -> Path:
     """All seeds as one vmap."""
 
     def backbone(params: Any, x: Tensor) -> Tensor:
@@ -77,7 +78,8 @@ def descend(toy: Toy, seeds: int, steps: int, rotate: bool, normalize: bool) -> 
         return lambda params, z, x: toy.loss(z, s)
 
     loss_fn = gn.multi_task_loss(backbone, [head(s) for s in toy.optima])
-    schedule = lambda step: ROTATION_RATE * DECAY**step
+    rotate = name in DECAYS
+    schedule = lambda step: ROTATION_RATE * DECAYS.get(name, 1.0) ** step
     method = gn.rotograd(2, scale="none", normalize=normalize, burn_in=None, optimizer=gn.adam(schedule))
     x = torch.zeros(1, 2)  # every input is (0, 0): z depends on the biases alone
     fresh = [method.init(2) for _ in range(seeds)]
@@ -117,16 +119,16 @@ Paths = dict[tuple[str, str, str], Path]  # by toy, kind of loss, and without or
 def toys(seeds: int, steps: int) -> Paths:
     """Every toy without and with rotations, from the same start, on losses as they are and divided by L(0)."""
     return {
-        (toy.name, kind, name): descend(toy, seeds, steps, name == ROTATED, kind == NORMALISED)
+        (toy.name, kind, name): descend(toy, seeds, steps, name, kind == NORMALISED)
         for toy in TOYS
         for kind in (AS_THEY_ARE, NORMALISED)
-        for name in (PLAIN, ROTATED)
+        for name in (PLAIN, ROTATED, DECAYING)
     }
 
 
 def toy_table(paths: Paths) -> str:
     """On how many seeds each task, and both, ended at their optimum."""
-    lines = [f"{'toy':33}{'loss':10}{'':19}{'task 1':>7}{'task 2':>8}{'both':>8}   median distances"]
+    lines = [f"{'toy':33}{'loss':10}{'':21}{'task 1':>7}{'task 2':>8}{'both':>8}   median distances"]
     by_name = {toy.name: toy for toy in TOYS}
     for (toy, kind, name), path in paths.items():
         distances = path.distances(by_name[toy])
@@ -134,7 +136,7 @@ def toy_table(paths: Paths) -> str:
         counts = [int(near[:, 0].sum()), int(near[:, 1].sum()), int(near.all(1).sum())]
         row = "".join(f"{count:>5}/{len(near):<2}" for count in counts)
         spread = "  ".join(f"{float(d):.2f}" for d in distances.median(0).values)
-        lines.append(f"{toy:33}{kind:10}{name:18}{row}     {spread}")
+        lines.append(f"{toy:33}{kind:10}{name:20}{row}     {spread}")
     return "\n".join(lines)
 
 
@@ -186,9 +188,7 @@ def run(args: argparse.Namespace) -> None:
     for name in ("seeds", "toy_steps", "steps"):
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1")
-    print(
-        f"Toys: SGD at {LEARNING_RATE:g} for {args.toy_steps} steps, rotations by Adam at {ROTATION_RATE:g}; reached "
-    )
+    print(f"Toys: SGD at {LEARNING_RATE:g} for {args.toy_steps} steps, rotations by Adam at {ROTATION_RATE:g}; reached")
     print(f"means within {REACHED:g} of the optimum. Seeds 0 ... {args.seeds - 1}.\n", flush=True)
     paths = toys(args.seeds, args.toy_steps)
     print(toy_table(paths), flush=True)
@@ -246,7 +246,7 @@ def figure(out: str, paths: Paths) -> None:
                 track = path.points[:, :, k]
                 ax.plot(track[:, :, 0], track[:, :, 1], color=colours[k], linewidth=1, alpha=0.6)
                 ax.scatter(
-                    track[-1, :, 0], track[-1, :, 1], s=26, color=colours[k], zorder=4, label=f"task {k + 1}, end"
+                    track[-1, :, 0], track[-1, :, 1], s=26, color=colours[k], zorder=4, label=f"task {k + 1}: end"
                 )
                 ax.scatter(
                     [s],
