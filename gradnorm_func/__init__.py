@@ -3,6 +3,15 @@
 from gradnorm_func._analysis import task_cosine_similarity, task_grad_norms, task_grads, task_gramian
 from gradnorm_func._check import check_seam
 from gradnorm_func._fixed_ratio import FixedRatioInfo, FixedRatioState, fixed_ratio
+from gradnorm_func._gradinit import (
+    GradInitInfo,
+    GradInitState,
+    gradinit_apply,
+    gradinit_init_state,
+    gradinit_step,
+    gradinit_update,
+)
+from gradnorm_func._gradinit_run import gradinit, gradinit_reinit
 from gradnorm_func._gradnorm import (
     GradNormInfo,
     GradNormState,
@@ -17,6 +26,7 @@ from gradnorm_func._interop import check_finite, functional, load_state, log_dic
 from gradnorm_func._loss import multi_task_loss, shared_linear, stacked_heads, task_names
 from gradnorm_func._measure import measure
 from gradnorm_func._optim import Optimizer, adam, sgd
+from gradnorm_func._rescale_adam import rescale_adam
 from gradnorm_func._rotation import random_rotations
 from gradnorm_func._rotograd import (
     RotoGradInfo,
@@ -47,6 +57,8 @@ __all__ = [
     "Balancer",
     "FixedRatioInfo",
     "FixedRatioState",
+    "GradInitInfo",
+    "GradInitState",
     "GradNormInfo",
     "GradNormState",
     "Optimizer",
@@ -66,6 +78,12 @@ __all__ = [
     "fixed_ratio",
     "fold_rotations",
     "functional",
+    "gradinit",
+    "gradinit_apply",
+    "gradinit_init_state",
+    "gradinit_reinit",
+    "gradinit_step",
+    "gradinit_update",
     "gradnorm",
     "gradnorm_grad",
     "gradnorm_update",
@@ -77,6 +95,7 @@ __all__ = [
     "merge",
     "multi_task_loss",
     "random_rotations",
+    "rescale_adam",
     "reset_initial_losses",
     "rotograd",
     "rotograd_accumulate",

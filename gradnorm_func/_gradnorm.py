@@ -317,7 +317,7 @@ def gradnorm_grad(
     Example:
         >>> import torch, gradnorm_func as gn
         >>> loss_fn = lambda w, x: {"fit": (x @ w - 1).square().mean(), "size": 100 * w.square().sum()}
-        >>> w, state = torch.ones(3), gn.init_state(2)
+        >>> w, state = torch.full((3,), 0.5), gn.init_state(2)
         >>> for _ in range(200):
         ...     grads, state, info = gn.gradnorm_grad(state, w, loss_fn, torch.eye(3), alpha=0.0)
         ...     w = w - 1e-3 * grads

@@ -85,9 +85,12 @@ class SharedLinear(NamedTuple):
         bias = None if self.bias is None else _tree.lookup(params, self.bias)
         return torch.nn.functional.linear(h, _tree.lookup(params, self.weight), bias)
 
-    def __call__(self, params: PyTree, h: Tensor) -> Tensor:
-        y = self.linear(params, h)
+    def activate(self, y: Tensor) -> Tensor:
+        """z of what `linear` gives."""
         return y if self.activation is None else self.activation(y)
+
+    def __call__(self, params: PyTree, h: Tensor) -> Tensor:
+        return self.activate(self.linear(params, h))
 
 
 class StackedHeads(NamedTuple):
@@ -114,7 +117,7 @@ class MultiTaskLoss:
         self,
         backbone: Callable[[PyTree, Any], Any] | None,
         heads: PyTree,
-        last_shared: Callable[[PyTree, Any], Any] | None,
+        last_shared: Callable[[PyTree, Any], Any] | SharedLinear | None,
         has_aux: bool,
     ) -> None:
         self.backbone = backbone
@@ -143,8 +146,7 @@ class MultiTaskLoss:
         h, aux = h if self.has_aux else (h, ())
         if isinstance(self.last_shared, SharedLinear):
             y = self.last_shared.linear(params, h)
-            z = y if self.last_shared.activation is None else self.last_shared.activation(y)
-            return z, (h, y), aux
+            return self.last_shared.activate(y), (h, y), aux
         return (h if self.last_shared is None else self.last_shared(params, h)), (), aux
 
     def __call__(self, params: PyTree, batch: Any) -> Any:
@@ -167,7 +169,7 @@ def multi_task_loss(
     backbone: Callable[[PyTree, Any], Any] | None,
     heads: Mapping[str, Callable[..., Any]] | Sequence[Callable[..., Any]] | StackedHeads,
     *,
-    last_shared: Callable[[PyTree, Any], Any] | None = None,
+    last_shared: Callable[[PyTree, Any], Any] | SharedLinear | None = None,
     has_aux: bool = False,
 ) -> MultiTaskLoss:
     r"""A loss_fn with a visible seam: :math:`L_i = \mathrm{head}_i(\theta, z)` of one shared representation z.

@@ -40,7 +40,7 @@ def seam(loss: MultiTaskLoss, params: Any, batch: Any, plan: Plan) -> Measured:
         loss.ownership[treedef] = (everything, everything)
         return seam(loss, params, batch, plan)
     # Without weights, W alone was differentiated in the shared part, so that nothing is known of its other leaves.
-    if treedef not in loss.ownership and (plan.weights is not None or not this.at):
+    if this.discover and (plan.weights is not None or not this.at):
         unread = set(everything) - this.read_by_shared - this.read_by_heads
         loss.ownership[treedef] = (sorted(this.read_by_shared | unread), sorted(this.read_by_heads | unread))
     return measured
@@ -78,6 +78,7 @@ class _Pass:
         self.by_shared, self.by_heads, self.constants = by_shared, by_heads, constants
         self.quiet = quiet()
         self.plain = not (torch.compiler.is_compiling() or _tree.inside_transform())
+        self.discover = self.plain and treedef not in loss.ownership
         self.watching = constants is not leaves
         self.read_by_shared: set[int] = set()
         self.read_by_heads: set[int] = set()
@@ -146,7 +147,7 @@ class _Pass:
                 raise ValueError(f"the backbone returned {type(leaf).__name__}; z must be floating-point tensors only")
         if self.plan.exchange is not None and self.plan.exchange.backbone_loss is not None:
             z_leaves = [*z_leaves, task_vector([self.plan.exchange.backbone_loss(params, z, self.batch)])[0]]
-        if self.plain and not self.watching:
+        if self.discover:
             self.read_by_shared |= _ownership.read_by(z_leaves, leaves)
         return z_leaves, (list(layer), self.shared_box.strip(aux))
 
@@ -156,41 +157,44 @@ class _Pass:
         z, pull_w, (layer, aux) = self._vjp(
             lambda w: self._shared_at(_tree.replace(base, self.at, w)), [base[i] for i in self.at]
         )
-        if self.plain and not self.watching:
+        if self.discover:
             self.read_by_shared |= _ownership.read_by(z, base)
         with self.quiet():
             return z, (self._cross(z, layer, pull_w), aux)
 
-    def _heads(self, copies: list[list[Tensor]]) -> tuple[Tensor, Callable[..., Any], list[Tensor]]:
-        """T separate heads, each with its own z: losses, pullback, aux."""
-        heads = self.loss.functions
+    def _heads(self, copies: list[Tensor]) -> tuple[Tensor, Callable[..., Any], list[Tensor]]:
+        """T separate heads, each with its own z, the leaves of which come task by task: losses, pullback, aux."""
+        heads, width = self.loss.functions, self.z_treedef.num_leaves
 
-        def run(own: list[Tensor], copies: list[list[Tensor]], ws: list[list[Tensor]]) -> tuple[Tensor, Any]:
+        # All copies in two flat lists, task by task: torch.func walks its arguments in Python, several times.
+        def of_task(i: int, flat: list[Tensor], count: int) -> list[Tensor]:
+            return flat[i * count : (i + 1) * count]
+
+        def run(own: list[Tensor], copies: list[Tensor], ws: list[Tensor]) -> tuple[Tensor, Any]:
             base, outs = _tree.replace(self.constants, self.heads_own, own), []
-            for head, z_copy, w in zip(heads, copies, ws, strict=True):
-                params = _tree.unflatten(self.treedef, _tree.replace(base, self.direct, w))
-                out = head(params, _tree.unflatten(self.z_treedef, z_copy), self.batch)
+            for i, head in enumerate(heads):
+                at = of_task(i, ws, len(self.direct))
+                params = _tree.unflatten(self.treedef, _tree.replace(base, self.direct, at))
+                out = head(params, _tree.unflatten(self.z_treedef, of_task(i, copies, width)), self.batch)
                 outs.append(split_aux(out, self.plan.has_aux, "a head"))
             vector = task_vector(self.loss.structure([loss for loss, _ in outs]))
-            if self.plain and not self.watching:
-                for w in ws:
-                    self.read_by_heads |= _ownership.read_by([vector], _tree.replace(base, self.direct, w))
+            if self.discover:
+                for i in range(len(heads)):
+                    found = _tree.replace(base, self.direct, of_task(i, ws, len(self.direct)))
+                    self.read_by_heads |= _ownership.read_by([vector], found)
             return vector, self.heads_box.strip(
                 self.loss.structure([aux for _, aux in outs]) if self.plan.has_aux else ()
             )
 
         w = [self.leaves[i] for i in self.direct]
-        count = len(heads)
-        vector, pull, aux = self._vjp(run, [self.leaves[i] for i in self.heads_own], copies, [w] * count)
+        own = [self.leaves[i] for i in self.heads_own]
+        vector, pull, aux = self._vjp(run, own, copies, w * len(heads))
         pull_once = pull if callable(self.plan.weights) else partial(self._last_pull, pull)
 
         def pull_heads(cotangents: Tensor) -> tuple[list[Tensor], list[PerTask], list[Tensor]]:
             own, copies, ws = pull_once(cotangents)
-            return (
-                own,
-                [list(leaf) for leaf in zip(*copies, strict=True)],
-                [torch.stack(w) for w in zip(*ws, strict=True)],
-            )
+            z_grads = [copies[k::width] for k in range(width)]
+            return own, z_grads, [torch.stack(ws[k :: len(w)]) for k in range(len(w))]
 
         return vector, pull_heads, aux
 
@@ -221,7 +225,7 @@ class _Pass:
             count = self.leaves[self.heads_own[0]].shape[0]
             vector, pull_heads, aux = self._stacked([leaf.expand(count, *leaf.shape) for leaf in z], heads)
         else:
-            vector, pull_heads, aux = self._heads([z] * len(self.loss.functions))
+            vector, pull_heads, aux = self._heads(z * len(self.loss.functions))
         plan.check_count(vector)
         scale = plan.weights.to(vector.dtype) if isinstance(plan.weights, Tensor) else torch.ones_like(vector)
         head_grads, z_grads, direct = pull_heads(scale)
@@ -266,7 +270,9 @@ class _Pass:
         if isinstance(self.loss.heads, StackedHeads):
             vector, pull_heads, aux = self._stacked(spread, self.loss.heads)
         else:
-            vector, pull_heads, aux = self._heads([list(copy) for copy in zip(*map(torch.unbind, spread), strict=True)])
+            vector, pull_heads, aux = self._heads(
+                [leaf for copy in zip(*map(torch.unbind, spread), strict=True) for leaf in copy]
+            )
         head_grads, z_grads, _ = pull_heads(exchange.scale(vector).to(vector.dtype))
         cotangents, kept = exchange.gather(vector, z, backbone_loss, [_stack(leaf) for leaf in z_grads])
         return _Crossing(vector, (), (), [], cotangents, head_grads, [], aux, kept)

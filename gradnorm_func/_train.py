@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from gradnorm_func import _tree
 from gradnorm_func._gradnorm import gradnorm
+from gradnorm_func._interop import write_grads
 from gradnorm_func._loss import LossFn, task_vector
 from gradnorm_func._step import Balancer
 
@@ -50,7 +52,7 @@ def train(
     Example:
         >>> import torch, gradnorm_func as gn
         >>> loss_fn = lambda w, x: {"fit": (x @ w - 1).square().mean(), "size": 100 * w.square().sum()}
-        >>> w, state, history = gn.train(torch.ones(3), loss_fn, [torch.eye(3)] * 50, progress=False)
+        >>> w, state, history = gn.train(torch.full((3,), 0.5), loss_fn, [torch.eye(3)] * 50, progress=False)
         >>> history.weights.shape
         torch.Size([50, 2])
     """
@@ -73,10 +75,10 @@ def train(
         # A step that is not finite must not reach the parameters. Zeroed gradients would still move Adam's moments,
         # so the optimizer is not called at all; this is the loop's one wait for the device.
         if bool(getattr(info, "finite", True)):
-            for leaf, new in zip(leaves, _tree.flatten(grads)[0], strict=True):
-                # In the layout of the parameter: fused optimizers read the memory as it lies.
-                leaf.grad = new if new.stride() == leaf.stride() else torch.empty_like(leaf).copy_(new)
+            write_grads(current, grads)
             torch_optimizer.step()
+        if not history:
+            _warn_of_zeros(info)
         history.append(info)
     if not history:
         raise ValueError("batches is empty: there was nothing to train on (a generator can be used only once)")
@@ -91,6 +93,18 @@ def _fresh_state(balancer: Balancer, loss_fn: LossFn, params: Any, batch: Any) -
         losses = task_vector(loss_fn(params, batch))
     dtype = torch.promote_types(losses.dtype, torch.float32)
     return balancer.init(losses.shape[0], dtype=dtype, device=losses.device)
+
+
+def _warn_of_zeros(info: Any) -> None:
+    """A wrong W shows up as gradients of exactly zero, and nothing would be learned from them."""
+    norms = getattr(info, "grad_norms", None)
+    zero = [] if norms is None else (norms == 0).nonzero().flatten().tolist()
+    if zero:
+        warnings.warn(
+            f"the gradients of tasks {zero} (indices in the order of gn.task_names) are exactly zero at W: "
+            "does `where` name parameters that these losses depend on?",
+            stacklevel=3,
+        )
 
 
 def _bar(batches: Iterable[Any], progress: bool) -> Iterable[Any]:

@@ -149,3 +149,12 @@ def test_no_batches_is_an_error():
     gn.train(problem.params, problem.seam, used, progress=False)
     with pytest.raises(ValueError, match=r"batches is empty.*a generator can be used only once"):
         gn.train(problem.params, problem.seam, used, progress=False)
+
+
+def test_a_wrong_w_is_reported():
+    """W that no loss depends on: gradients of exactly zero, said once and by name of the remedy."""
+    params = {"used": torch.ones(2), "unused": torch.ones(2)}
+    loss_fn = lambda p, batch: {"a": p["used"].sum(), "b": p["used"].square().sum()}
+    with pytest.warns(UserWarning, match=r"tasks \[0, 1\].*exactly zero at W.*`where`") as caught:
+        gn.train(params, loss_fn, [None] * 3, balancer=gn.gradnorm(where="unused", alpha=0.0), progress=False)
+    assert len(caught) == 1

@@ -92,7 +92,7 @@ def gradnorm(alpha: float, weight_lr: float) -> Method:
     def start(balancer: gn.Balancer, losses: Tensor) -> Any:
         return balancer.init(len(losses), weights=inverse(losses), initial_losses=losses)
 
-    return Method(GRADNORM, f"alpha = {alpha:.3g}", balancer, start)
+    return Method(GRADNORM, f"alpha = {alpha:.3g}, in log space from w = 1/L(0)", balancer, start)
 
 
 def fixed_ratio(ratios: Tensor, setting: str) -> Method:

@@ -113,7 +113,7 @@ heads = {
     "active": lambda params, z, batch: F.mse_loss(predict(params, "active", z), batch["active"]),
     "image": lambda params, z, batch: F.mse_loss(predict(params, "image", z), batch["image"]),
 }
-loss_fn = gn.multi_task_loss(backbone, heads, last_shared=last_shared)  # type: ignore[arg-type]
+loss_fn = gn.multi_task_loss(backbone, heads, last_shared=last_shared)
 
 
 @torch.no_grad()

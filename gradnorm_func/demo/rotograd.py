@@ -174,13 +174,17 @@ def digit_errors(method: compare.Method, data: digits.Digits, test: Any, seed: i
     return digits.errors(params, test), history
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
+def add_arguments(parser: argparse.ArgumentParser, figure_path: Callable[[str], str]) -> None:
+    """The options of the command; `figure_path` converts and checks the path of the figure."""
     parser.add_argument("--seeds", type=int, default=10, metavar="N", help="runs of every toy (default: 10)")
     parser.add_argument("--toy-steps", type=int, default=400, metavar="N", help="steps of a toy (default: 400)")
     parser.add_argument("--digit-seeds", type=int, default=5, metavar="N", help="runs per method on the digits")
     parser.add_argument("--steps", type=int, default=500, help="training steps of a digits run (default: 500)")
     parser.add_argument("--alpha", type=float, default=0.12, help="GradNorm's and RotoGradNorm's (default: 0.12)")
+    default = "gradnorm_rotograd.png"
+    parser.add_argument(
+        "--out", type=figure_path, default=default, metavar="FILE", help=f"the figure (default: {default})"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -90,7 +90,7 @@ def with_heads(one_head: Any) -> Any:
     return gn.multi_task_loss(
         backbone,
         gn.stacked_heads(one_head, "heads", batch_dims=(None, 1)),
-        last_shared=gn.shared_linear(W, f"trunk.{DEPTH - 1}.bias", F.relu),  # type: ignore[arg-type]
+        last_shared=gn.shared_linear(W, f"trunk.{DEPTH - 1}.bias", F.relu),
     )
 
 
