@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import vjp
 
 from gradnorm_func import _tree
 
@@ -29,6 +30,28 @@ MAPS: dict[str, Callable[[Tensor], Tensor]] = {"exp": exponential, "cayley": cay
 def skew(x: Tensor) -> Tensor:
     """X - Xᵀ: the derivative by the entries below the diagonal of a skew matrix, of what has X by all entries."""
     return x - x.mT
+
+
+def tangent_gradient(tangents: Tensor, gradient: Tensor, kind: str) -> Tensor:
+    r"""The derivative by the entries below the diagonal of A, of what has the derivative map(A)·G by map(A).
+
+    For the exponential it is :math:`\varphi(\mathrm{ad}_A)(G - G^\top)` with :math:`\varphi(x) = (e^x - 1) / x`. By
+    :math:`\varphi(2x) = \varphi(x) (1 + e^x) / 2` A is halved six times, so that twelve terms of the series are exact
+    to 1e-9 up to ‖A‖ = 32, five full turns. Autograd takes an exponential of matrices of twice the size instead.
+    """
+    if kind != "exp":
+        mapped, pull = vjp(MAPS[kind], tangents)[:2]
+        return skew(pull(mapped @ gradient)[0])
+    halvings, terms = 6, 12
+    small, w = tangents / 2**halvings, skew(gradient)
+    power = exponential(small)
+    for _ in range(halvings):
+        w = (w + power @ w @ power.mT) / 2
+        power = power @ power
+    out = w
+    for k in range(terms, 0, -1):
+        out = w + skew(small @ out) / (k + 1)  # ad_A of a skew matrix: AX - XA = AX - (AX)ᵀ
+    return out
 
 
 def turn(rotations: Tensor, step: Tensor, kind: str) -> Tensor:

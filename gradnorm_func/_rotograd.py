@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import vjp
 
 from gradnorm_func import _tree
 from gradnorm_func._engine import quiet
 from gradnorm_func._loss import LossFn, task_vector
-from gradnorm_func._rotation import MAPS, polish, skew, turn
+from gradnorm_func._rotation import MAPS, polish, skew, tangent_gradient, turn
 from gradnorm_func._rotograd_measure import (
     RotoGradStats,
     backbone_initial,
@@ -477,11 +476,10 @@ def _rotated(state: RotoGradState, gradient: Tensor, hyper: Hyper) -> RotoGradSt
         step, moments = hyper.optimizer.update(skew(gradient), state.moments, torch.zeros_like(gradient))
         rotations = polish(turn(state.rotations, step, hyper.map), state.step)
         return state._replace(rotations=rotations, moments=moments)
-    to_rotation = MAPS[hyper.map]
-    mapped, pull = vjp(to_rotation, state.tangents)[:2]
-    step, moments = hyper.optimizer.update(skew(pull(mapped @ gradient)[0]), state.moments, state.tangents)
+    by_tangent = tangent_gradient(state.tangents, gradient, hyper.map)
+    step, moments = hyper.optimizer.update(by_tangent, state.moments, state.tangents)
     tangents = state.tangents + step
-    return state._replace(rotations=state.base @ to_rotation(tangents), tangents=tangents, moments=moments)
+    return state._replace(rotations=state.base @ MAPS[hyper.map](tangents), tangents=tangents, moments=moments)
 
 
 def _info(stats: RotoGradStats, gram: Tensor, found: Numbers, here: Tensor, hyper: Hyper) -> RotoGradInfo:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import gradnorm_func as gn
-from gradnorm_func._rotation import MAPS, _inverse, polish, skew, turn
+from gradnorm_func._rotation import MAPS, _inverse, polish, skew, tangent_gradient, turn
 
 F64 = torch.float64
 T, D, B = 3, 6, 8
@@ -362,6 +362,19 @@ def test_maps_give_rotations(kind, d, size):
     torch.testing.assert_close(turn(base, a, kind), base @ r, atol=1e-10, rtol=0)
     if kind == "cayley":
         torch.testing.assert_close(_inverse(eye - a / 2), torch.linalg.inv(eye - a / 2), atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["exp", "cayley"])
+@pytest.mark.parametrize("norm", [0.0, 1e-3, 3.0, 30.0])
+def test_derivative_of_the_maps(kind, norm):
+    g = torch.Generator().manual_seed(0)
+    a = skew(torch.randn(3, 7, 7, dtype=F64, generator=g))
+    a = a * norm / torch.linalg.matrix_norm(a, 2, keepdim=True)
+    gradient = torch.randn(3, 7, 7, dtype=F64, generator=g)
+    entries = a.tril(-1).requires_grad_()
+    mapped = MAPS[kind](entries - entries.mT)
+    (expected,) = torch.autograd.grad(mapped, entries, (mapped @ gradient).detach())
+    torch.testing.assert_close(tangent_gradient(a, gradient, kind).tril(-1), expected.tril(-1), rtol=1e-8, atol=1e-8)
 
 
 def test_polish_restores_one_matrix_at_a_time():
