@@ -22,11 +22,30 @@ from gradnorm_func._gradnorm import (
     init_state,
     reset_initial_losses,
 )
-from gradnorm_func._interop import functional, load_state, log_dict, state_dict, write_grads
+from gradnorm_func._interop import check_finite, functional, load_state, log_dict, state_dict, write_grads
 from gradnorm_func._loss import multi_task_loss, shared_linear, stacked_heads, task_names
 from gradnorm_func._measure import measure
 from gradnorm_func._optim import Optimizer, adam, sgd
 from gradnorm_func._rescale_adam import rescale_adam
+from gradnorm_func._rotation import random_rotations
+from gradnorm_func._rotograd import (
+    RotoGradInfo,
+    rotograd,
+    rotograd_accumulate,
+    rotograd_balance,
+    rotograd_grad,
+    rotograd_init_state,
+    rotograd_update,
+)
+from gradnorm_func._rotograd_eval import fold_rotations, rotograd_task_fn
+from gradnorm_func._rotograd_measure import (
+    RotoGradFactors,
+    RotoGradStats,
+    rotograd_factors,
+    rotograd_measure,
+    rotograd_merge,
+)
+from gradnorm_func._rotograd_scale import RotoGradState
 from gradnorm_func._static import StaticInfo, StaticState, export, static
 from gradnorm_func._stats import TaskStats, merge
 from gradnorm_func._step import Balancer, balancer, mask_vector
@@ -43,15 +62,21 @@ __all__ = [
     "GradNormInfo",
     "GradNormState",
     "Optimizer",
+    "RotoGradFactors",
+    "RotoGradInfo",
+    "RotoGradState",
+    "RotoGradStats",
     "StaticInfo",
     "StaticState",
     "TaskStats",
     "adam",
     "balance",
     "balancer",
+    "check_finite",
     "check_seam",
     "export",
     "fixed_ratio",
+    "fold_rotations",
     "functional",
     "gradinit",
     "gradinit_apply",
@@ -69,8 +94,19 @@ __all__ = [
     "measure",
     "merge",
     "multi_task_loss",
+    "random_rotations",
     "rescale_adam",
     "reset_initial_losses",
+    "rotograd",
+    "rotograd_accumulate",
+    "rotograd_balance",
+    "rotograd_factors",
+    "rotograd_grad",
+    "rotograd_init_state",
+    "rotograd_measure",
+    "rotograd_merge",
+    "rotograd_task_fn",
+    "rotograd_update",
     "sgd",
     "shared_linear",
     "stacked_heads",

@@ -30,6 +30,17 @@ class Measured(NamedTuple):
     grads: Any = ()  # leaves of params
     aux: Any = ()
     z_treedef: Any = None  # structure of z, where W is z
+    kept: Any = ()  # what `Exchange.gather` kept
+
+
+class Exchange(NamedTuple):
+    """What passes between z and the heads, where it is not z itself one way and Σ w_i ∂L_i/∂z the other."""
+
+    spread: Callable[[list[Tensor], Any], list[Tensor]]  # leaves of z, their structure -> (T, ...): each head's own
+    scale: Callable[[Tensor], Tensor]  # (T,) losses -> their cotangents
+    # losses, leaves of z, ([] or [backbone_loss]), gradients at what was spread -> the cotangents of the two, to keep
+    gather: Callable[[Tensor, list[Tensor], list[Tensor], list[Tensor]], tuple[list[Tensor], Any]]
+    backbone_loss: Callable[[Any, Any, Any], Tensor] | None  # (params, z, batch) -> scalar, which no head sees
 
 
 class Plan(NamedTuple):
@@ -42,6 +53,7 @@ class Plan(NamedTuple):
     has_aux: bool
     vectorize: bool
     chunk_size: int | None
+    exchange: Exchange | None = None
 
     def check_count(self, vector: Tensor) -> None:
         """There must be as many weights as losses."""

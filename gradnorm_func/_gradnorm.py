@@ -200,7 +200,7 @@ def balance(
     rates = torch.where(mean_ratio == 0, 1.0, ratios / torch.where(mean_ratio == 0, 1.0, mean_ratio))
 
     weighted = w * norms
-    targets = mean(weighted) * _force(rates, alpha)
+    targets = mean(weighted) * force(rates, alpha)
     if norm_ratios is not None:
         rho = _ratios(norm_ratios, w)
         targets = targets * rho / mean(rho)
@@ -372,7 +372,7 @@ def gradnorm_update(
     )  # fmt: skip
 
 
-def _force(rates: Tensor, alpha: float | Tensor) -> Tensor:
+def force(rates: Tensor, alpha: float | Tensor) -> Tensor:
     """r^α; with α = 0 it is 1 whatever r, which may be negative or NaN then."""
     if isinstance(alpha, Tensor):
         zero = alpha == 0

@@ -5,6 +5,7 @@ The one module that writes to what it is given, and only in `write_grads`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -182,8 +183,46 @@ def log_dict(info: Any, names: Any = None, *, prefix: str = "") -> dict[str, Ten
     for field, value in info._asdict().items():
         if value.ndim == 0:
             flat[prefix + field] = value.detach()
+        elif value.ndim == 2:  # between tasks: the pairs, once
+            for (i, a), (j, b) in itertools.combinations(enumerate(tasks), 2):
+                flat[f"{prefix}{field}/{a}-{b}"] = value.detach()[i, j]
         else:
             flat |= {
                 f"{prefix}{field}/{task}": entry for task, entry in zip(tasks, value.detach().unbind(), strict=True)
             }
     return flat
+
+
+def check_finite(info: Any, names: Any = None) -> None:
+    r"""Raises if a step was refused because a loss or a gradient was not finite; the state of that step is the old one.
+
+    It waits for the device, which the balancers themselves never do.
+
+    Args:
+        info: the Info of one step of any balancer.
+        names: task names, as in `log_dict`.
+
+    Raises:
+        FloatingPointError: naming the tasks whose loss or gradient is not finite, and what to do.
+
+    Example:
+        >>> import torch, gradnorm_func as gn
+        >>> _, info = gn.balance(gn.init_state(2), gn.TaskStats([1.0, float("nan")], [1.0, 1.0]))
+        >>> gn.check_finite(info, ["depth", "seg"])
+        Traceback (most recent call last):
+        FloatingPointError: the loss of 'seg' is not finite: ...
+    """
+    if bool(info.finite):
+        return
+    tasks = task_names(info.losses) if names is None else names if isinstance(names, list) else task_names(names)
+    for kind, values in (("loss", info.losses), ("gradient", getattr(info, "grad_norms", info.losses))):
+        bad = [repr(task) for task, ok in zip(tasks, values.isfinite().tolist(), strict=True) if not ok]
+        if bad:
+            raise FloatingPointError(
+                f"the {kind} of {', '.join(bad)} is not finite: the state was left as it was, so skip this step's "
+                "gradients too; if it comes again, lower the learning rate, or leave the task out with mask="
+            )
+    raise FloatingPointError(
+        "this step's update is not finite, though losses and gradients are: the state was left as it was; "
+        "lower the learning rate of the rotations or weights"
+    )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gradnorm_func import _linear, _ownership, _tree
-from gradnorm_func._engine import AuxBox, Measured, Plan, pull_all, quiet, row_norms, split_aux, vjp_aux
+from gradnorm_func._engine import AuxBox, Exchange, Measured, Plan, pull_all, quiet, row_norms, split_aux, vjp_aux
 from gradnorm_func._loss import MultiTaskLoss, SharedLinear, StackedHeads, task_vector
 
 # One leaf of z for all tasks: T tensors, or one (T, ...) tensor where the heads are stacked.
@@ -57,6 +57,7 @@ class _Crossing(NamedTuple):
     head_grads: list[Tensor]  # Σ w_i ∂L_i/∂θ, for the leaves that the heads own
     w_grads: list[Tensor]  # Σ w_i ∂L_i/∂W not by way of z, where heads read W themselves
     aux: list[Tensor]
+    kept: Any = ()
 
 
 class _Pass:
@@ -119,8 +120,9 @@ class _Pass:
             aux_parts = [(box, [leaf.detach() for leaf in tensors]) for box, tensors in aux_parts]
         aux = tuple(box.fill(tensors) for box, tensors in aux_parts) if plan.has_aux else ()
         measured = Measured(
-            losses, vector, crossing.norms, crossing.example_norms, crossing.task_grads, grads, aux, self.z_treedef
-        )
+            losses, vector, crossing.norms, crossing.example_norms, crossing.task_grads, grads, aux, self.z_treedef,
+            crossing.kept,
+        )  # fmt: skip
         return measured, tripped
 
     def _vjp(self, fn: Callable[..., Any], *primals: Any) -> Any:
@@ -133,15 +135,18 @@ class _Pass:
         return pull(cotangents, retain_graph=False) if self.plain else pull(cotangents)
 
     def _shared(self, own: list[Tensor]) -> tuple[list[Tensor], Any]:
-        """Leaves of z; as aux (h, y) of a `shared_linear` and the tensors of the user's aux."""
+        """Leaves of z, and a loss of the backbone alone; as aux (h, y) of a `shared_linear` and the user's tensors."""
         return self._shared_at(_tree.replace(self.constants, self.by_shared, own))
 
     def _shared_at(self, leaves: list[Tensor]) -> tuple[list[Tensor], Any]:
-        z, layer, aux = self.loss.shared(_tree.unflatten(self.treedef, leaves), self.batch)
+        params = _tree.unflatten(self.treedef, leaves)
+        z, layer, aux = self.loss.shared(params, self.batch)
         z_leaves, self.z_treedef = _tree.flatten(z)
         for leaf in z_leaves:
             if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
                 raise ValueError(f"the backbone returned {type(leaf).__name__}; z must be floating-point tensors only")
+        if self.plan.exchange is not None and self.plan.exchange.backbone_loss is not None:
+            z_leaves = [*z_leaves, task_vector([self.plan.exchange.backbone_loss(params, z, self.batch)])[0]]
         if self.discover:
             self.read_by_shared |= _ownership.read_by(z_leaves, leaves)
         return z_leaves, (list(layer), self.shared_box.strip(aux))
@@ -157,9 +162,9 @@ class _Pass:
         with self.quiet():
             return z, (self._cross(z, layer, pull_w), aux)
 
-    def _heads(self, z: list[Tensor]) -> tuple[Tensor, Callable[..., Any], list[Tensor]]:
-        """T separate heads: losses, pullback, aux."""
-        heads = self.loss.functions
+    def _heads(self, copies: list[Tensor]) -> tuple[Tensor, Callable[..., Any], list[Tensor]]:
+        """T separate heads, each with its own z, the leaves of which come task by task: losses, pullback, aux."""
+        heads, width = self.loss.functions, self.z_treedef.num_leaves
 
         # All copies in two flat lists, task by task: torch.func walks its arguments in Python, several times.
         def of_task(i: int, flat: list[Tensor], count: int) -> list[Tensor]:
@@ -170,7 +175,7 @@ class _Pass:
             for i, head in enumerate(heads):
                 at = of_task(i, ws, len(self.direct))
                 params = _tree.unflatten(self.treedef, _tree.replace(base, self.direct, at))
-                out = head(params, _tree.unflatten(self.z_treedef, of_task(i, copies, len(z))), self.batch)
+                out = head(params, _tree.unflatten(self.z_treedef, of_task(i, copies, width)), self.batch)
                 outs.append(split_aux(out, self.plan.has_aux, "a head"))
             vector = task_vector(self.loss.structure([loss for loss, _ in outs]))
             if self.discover:
@@ -183,18 +188,18 @@ class _Pass:
 
         w = [self.leaves[i] for i in self.direct]
         own = [self.leaves[i] for i in self.heads_own]
-        vector, pull, aux = self._vjp(run, own, z * len(heads), w * len(heads))
+        vector, pull, aux = self._vjp(run, own, copies, w * len(heads))
         pull_once = pull if callable(self.plan.weights) else partial(self._last_pull, pull)
 
         def pull_heads(cotangents: Tensor) -> tuple[list[Tensor], list[PerTask], list[Tensor]]:
             own, copies, ws = pull_once(cotangents)
-            z_grads = [copies[k :: len(z)] for k in range(len(z))]
+            z_grads = [copies[k::width] for k in range(width)]
             return own, z_grads, [torch.stack(ws[k :: len(w)]) for k in range(len(w))]
 
         return vector, pull_heads, aux
 
-    def _stacked(self, z: list[Tensor], heads: StackedHeads) -> tuple[Tensor, Callable[..., Any], list[Tensor]]:
-        """T heads of one architecture, under vmap."""
+    def _stacked(self, copies: list[Tensor], heads: StackedHeads) -> tuple[Tensor, Callable[..., Any], list[Tensor]]:
+        """T heads of one architecture, under vmap; `copies` are the leaves of z with a task axis."""
 
         def run(own: list[Tensor], copies: list[Tensor]) -> tuple[Tensor, Any]:
             params = _tree.unflatten(self.treedef, _tree.replace(self.constants, self.heads_own, own))
@@ -205,7 +210,6 @@ class _Pass:
             return task_vector(losses), self.heads_box.strip(aux)
 
         own = [self.leaves[i] for i in self.heads_own]
-        copies = [leaf.expand(own[0].shape[0], *leaf.shape) for leaf in z]
         vector, pull, aux = self._vjp(run, own, copies)
         pull_once = pull if callable(self.plan.weights) else partial(self._last_pull, pull)
         return vector, lambda cotangents: (*pull_once(cotangents), []), aux
@@ -215,7 +219,13 @@ class _Pass:
         plan, heads = self.plan, self.loss.heads
         if self.plain:
             z = [leaf.detach() for leaf in z]
-        vector, pull_heads, aux = self._stacked(z, heads) if isinstance(heads, StackedHeads) else self._heads(z)
+        if plan.exchange is not None:
+            return self._exchange(z, plan.exchange)
+        if isinstance(heads, StackedHeads):
+            count = self.leaves[self.heads_own[0]].shape[0]
+            vector, pull_heads, aux = self._stacked([leaf.expand(count, *leaf.shape) for leaf in z], heads)
+        else:
+            vector, pull_heads, aux = self._heads(z * len(self.loss.functions))
         plan.check_count(vector)
         scale = plan.weights.to(vector.dtype) if isinstance(plan.weights, Tensor) else torch.ones_like(vector)
         head_grads, z_grads, direct = pull_heads(scale)
@@ -251,6 +261,21 @@ class _Pass:
         z_total = [] if plan.weights is None else [_total(leaf) for leaf in z_grads]
         w_grads = [grad.sum(0) for grad in direct]
         return _Crossing(vector, norms, example_norms, task_grads, z_total, head_grads, w_grads, aux)
+
+    def _exchange(self, z: list[Tensor], exchange: Exchange) -> _Crossing:
+        """Through the heads and back, where what they get of z and what z gets of them is the method's affair."""
+        count = self.z_treedef.num_leaves
+        z, backbone_loss = z[:count], z[count:]
+        spread = exchange.spread(z, self.z_treedef)
+        if isinstance(self.loss.heads, StackedHeads):
+            vector, pull_heads, aux = self._stacked(spread, self.loss.heads)
+        else:
+            vector, pull_heads, aux = self._heads(
+                [leaf for copy in zip(*map(torch.unbind, spread), strict=True) for leaf in copy]
+            )
+        head_grads, z_grads, _ = pull_heads(exchange.scale(vector).to(vector.dtype))
+        cotangents, kept = exchange.gather(vector, z, backbone_loss, [_stack(leaf) for leaf in z_grads])
+        return _Crossing(vector, (), (), [], cotangents, head_grads, [], aux, kept)
 
     def _assemble(self, crossing: _Crossing, trunk_grads: list[Tensor]) -> list[Tensor]:
         """∇ Σ w_i L_i, leaf by leaf: what came through the trunk, plus what the heads found themselves."""

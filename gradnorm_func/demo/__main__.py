@@ -1,4 +1,4 @@
-"""The command line: `python -m gradnorm_func.demo [digits|toy|gradinit] [options]`."""
+"""The command line: `python -m gradnorm_func.demo [digits|toy|gradinit|rotograd] [options]`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from gradnorm_func.demo import gradinit
+from gradnorm_func.demo import gradinit, rotograd
 
 DESCRIPTION = """\
 Loss balancing at work, on a laptop's CPU, in about a minute.
@@ -20,6 +20,7 @@ Loss balancing at work, on a laptop's CPU, in about a minute.
            tuned static weights, GradNorm and fixed gradient ratios; a table and a figure
   toy      the toy of the GradNorm paper: GradNorm against equal and uncertainty weighting
   gradinit deep networks that default initialisation cannot train, rescaled by GradInit (minutes)
+  rotograd the toys of the RotoGrad paper with and without rotations, and RotoGrad on the digits
 """
 
 
@@ -61,7 +62,7 @@ def build_parser() -> Parser:
     """All commands and their options."""
     keep = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="python -m gradnorm_func.demo", description=DESCRIPTION, formatter_class=keep)
-    commands = parser.add_subparsers(dest="command", metavar="{digits,toy,gradinit}", parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", metavar="{digits,toy,gradinit,rotograd}", parser_class=Parser)
     count, seed = number(int, 1, 1000), number(int, 0, 2**31)
 
     digits = commands.add_parser(
@@ -116,7 +117,15 @@ def build_parser() -> Parser:
         "many runs diverge, and saves a figure.",
     )
     gradinit.add_arguments(rescaling, figure_path)
-    parser.epilog = "\n".join(["", *(command.format_help() for command in (digits, toy, rescaling))])
+    rotating = commands.add_parser(
+        "rotograd",
+        help="the toys of the RotoGrad paper, and RotoGrad on the digits",
+        description="Two tasks on one point of the plane, without and with rotations: does each reach its optimum? "
+        "Then plain training, GradNorm, RotoGrad and RotoGradNorm on the six digit tasks. Prints both tables and "
+        "saves a figure of the toys.",
+    )
+    rotograd.add_arguments(rotating, figure_path)
+    parser.epilog = "\n".join(["", *(command.format_help() for command in (digits, toy, rescaling, rotating))])
     return parser
 
 
@@ -144,6 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             toy.main(options)
         elif options.command == "gradinit":
             gradinit.run(options)
+        elif options.command == "rotograd":
+            rotograd.run(options)
         else:
             from gradnorm_func.demo import compare
 

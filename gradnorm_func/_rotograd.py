@@ -1,0 +1,537 @@
+"""RotoGrad: one rotation of the representation per task, so that the task gradients agree (Javaloy & Valera 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradnorm_func import _tree
+from gradnorm_func._engine import quiet
+from gradnorm_func._loss import LossFn, task_vector
+from gradnorm_func._rotation import MAPS, polish, skew, tangent_gradient, turn
+from gradnorm_func._rotograd_measure import (
+    RotoGradStats,
+    backbone_initial,
+    bind,
+    check_state,
+    factors_of,
+    here_of,
+    rescaled,
+    rotograd_merge,
+    run,
+)
+from gradnorm_func._rotograd_scale import (
+    Hyper,
+    Numbers,
+    RotoGradState,
+    diagonal,
+    hyperparameters,
+    numbers,
+    weight_gradient,
+)
+from gradnorm_func._step import Balancer, choose
+
+
+class RotoGradInfo(NamedTuple):
+    """What one would log of a step; all taken before the rotations and weights moved."""
+
+    losses: Tensor  # (T,) L_k
+    weights: Tensor  # (T,) f_k: what ∂L_k/∂z is multiplied by on its way into the backbone
+    head_norms: Tensor  # (T,) ‖∂L_k/∂r_k‖, at what the head sees: before the gradients are rotated back
+    grad_norms: Tensor  # (T,) ‖∂L_k/∂z‖, after it: the same but for rounding
+    head_cosines: Tensor  # (T, T) between the ∂L_k/∂r_k: what they would be without rotations
+    cosines: Tensor  # (T, T) between the ∂L_k/∂z: negative is conflict
+    rotation_losses: Tensor  # (T,) L_rot^k
+    total_loss: Tensor  # () Σ L_k, with the backbone's own
+    finite: Tensor  # () bool: False means that the state was left as it was; `check_finite` says why
+
+
+def rotograd_init_state(
+    num_tasks: int,
+    rotation_shape: int | tuple[int, ...],
+    *,
+    rotations: Tensor | None = None,
+    initial_losses: Any = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    **hyper: Any,
+) -> RotoGradState:
+    r"""The state before the first step.
+
+    Args:
+        num_tasks: T, at least 2.
+        rotation_shape: as in `rotograd`.
+        rotations: (T, m, m) to start from, such as `random_rotations(T, m)`; None is the identity for all tasks.
+        initial_losses: L(0), T numbers or a pytree like the losses; None takes them from the first batch.
+        dtype: of the rotations and all that is computed from the gradients; the default dtype if None.
+        device: where the state lives.
+        **hyper: those of `rotograd`; what matters here is `scale`, `moving` and the optimizers.
+
+    Returns:
+        RotoGradState.
+
+    Raises:
+        ValueError: for fewer than two tasks, rotations of a wrong shape or not orthogonal, or bad hyperparameters.
+
+    Example:
+        >>> import gradnorm_func as gn
+        >>> gn.rotograd_init_state(3, 16).rotations.shape
+        torch.Size([3, 16, 16])
+    """
+    return _init(num_tasks, hyperparameters(rotation_shape, **hyper), rotations, initial_losses, dtype, device)
+
+
+def rotograd_balance(
+    state: RotoGradState, stats: RotoGradStats, *, mask: Any = None, update: bool | Tensor = True, **hyper: Any
+) -> tuple[RotoGradState, RotoGradInfo]:
+    r"""The rotations' step, and the weights', from what a pass or several merged ones have found.
+
+    Args:
+        state: from `rotograd_init_state`.
+        stats: from `rotograd_measure` or `rotograd_merge`.
+        mask, update: as in `rotograd_grad`.
+        **hyper: as in `rotograd`; `rotation_shape` is that of the state unless given.
+
+    Returns:
+        (state, info). If a loss or gradient of a present task is not finite, the state is the old one, all of it, and
+        `info.finite` is False.
+
+    Raises:
+        ValueError: as `rotograd` does.
+
+    Example:
+        >>> import torch, gradnorm_func as gn
+        >>> loss_fn = gn.multi_task_loss(lambda w, x: x * w, [lambda w, z, x: z[0, 0], lambda w, z, x: z[0, 1]])
+        >>> state = gn.rotograd_init_state(2, 2)
+        >>> stats = gn.rotograd_measure(state, torch.ones(2), loss_fn, torch.ones(1, 2))
+        >>> state, info = gn.rotograd_balance(state, stats)
+        >>> info.cosines
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    return _balance(state, stats, bind(state, hyper), mask, update)
+
+
+def rotograd(rotation_shape: int | tuple[int, ...], **hyper: Any) -> Balancer:
+    r"""RotoGrad with its hyperparameters bound: rotate, scale, or both.
+
+    Head k sees :math:`r_k = R_k z`. With :math:`g_k = \partial L_k / \partial z = R_k^\top \partial L_k/\partial r_k`
+    over the whole batch and :math:`u_k = g_k / \|g_k\|`, the rotations descend
+
+    .. math:: L_\mathrm{rot}^k = -\sum_n \langle R_k^\top \tilde g_{n,k}, v_n \rangle, \qquad
+              \tilde g_k = \partial L_k / \partial r_k, \quad v = \tfrac1K \sum_k u_k,
+
+    both constant; never a task's loss. Heads get the gradients of their own losses, and the backbone that of
+    :math:`\sum_k f_k g_k`, where `scale` chooses f:
+
+    - `"none"`, rotations only: :math:`f_k = 1`.
+    - `"rotograd"`, the ICLR paper's: :math:`C \sum_k u_k` with :math:`C = \sum_k \alpha_k \|g_k\|` and
+      :math:`\alpha_k \propto \|g_k\| / \|g_k(0)\|`, summing to 1.
+    - `"gradnorm"`, RotoGradNorm: learned weights :math:`w = K\,\mathrm{softmax}(\lambda)` that descend
+      :math:`\sum_k |w_k \|g_k\| - \bar G r_k^\alpha|` with :math:`\bar G = \mathrm{mean}_k w_k \|g_k\|`.
+
+    Args:
+        rotation_shape: the axes of z that are rotated, before the trailing ones: one number m for the first m
+            features of one axis (all of them, or m ≪ d), or several for axes that are rotated as one.
+        trailing_shape: the axes behind them, each position of which is rotated alike:
+            `rotograd(64, trailing_shape=(8, 8))` for the channels of an image.
+        rotate: the path of the tensor to rotate, where z is a pytree of several. The others reach every head as they
+            are, and their gradients count in all norms.
+        scale: "rotograd", "none" or "gradnorm".
+        form: "paper", or a published version to agree with step by step. "0.1.6" (and 0.1.5): v times
+            :math:`2 \|\mathrm{mean}_k g_k\|`, and :math:`\bar G = \|\mathrm{mean}_k w_k g_k\|`. "0.1.2": also
+            :math:`v = \tfrac1K \sum_k u_k \|\bar g\| r_k^\alpha`, the loss a mean over the batch, and in
+            RotoGradNorm the softmax's sum held constant; it had no "rotograd" scale, and normalised losses by default.
+        map: "cayley", :math:`(I + A/2)(I - A/2)^{-1}`, or "exp", from skew matrices to rotations.
+        moving: True moves the base point along, :math:`R \leftarrow R\,\mathrm{map}(A)`: the gradient at A = 0 is the
+            skew part, and no derivative of the map is needed. False is the published :math:`R = R(0)\,\mathrm{map}(A)`
+            with A trained. Both start alike, and Adam's moments are those of A in either.
+        alpha: GradNorm's restoring force, for `scale="gradnorm"`, and that of form "0.1.2".
+        normalize: differentiate L_k / L_k(0) in place of L_k. Rates r_k always use it.
+        burn_in: the step (counted from 0) at which L(0) and ‖g(0)‖ are taken anew; None is never.
+        cooperative: from this step on (a number or a 0-d tensor) the rotations also descend their task's loss: both
+            gradients, each scaled to the norm of their mean, added. None is never. From 0.1.2 to 0.1.4.
+        optimizer: of the rotations; None is Adam at 5e-4, the paper's best on MNIST. Its learning rate may be a
+            schedule: the theory asks for one that falls faster than the network's.
+        weight_optimizer: of λ; None is Adam at 0.025.
+        backbone_loss: `backbone_loss(params, z, batch) -> scalar`, a loss on the backbone alone, which is neither
+            rotated nor scaled, but normalised if `normalize`.
+
+    Returns:
+        Balancer(init, update, grad, balance). `init(num_tasks, *, rotations=None, initial_losses=None, dtype=None,
+        device=None)`; `balance` takes RotoGradStats.
+
+    Raises:
+        ValueError: for hyperparameters out of range.
+
+    Example:
+        >>> import torch, gradnorm_func as gn
+        >>> loss_fn = gn.multi_task_loss(  # two heads that want opposite things of z
+        ...     lambda w, x: x * w, [lambda w, z, x: (z - 1).square().sum(), lambda w, z, x: (z + 1).square().sum()]
+        ... )
+        >>> method, w, x = gn.rotograd(2, optimizer=gn.adam(0.05)), torch.ones(2), torch.tensor([[0.2, 0.1]])
+        >>> state = method.init(2)
+        >>> for _ in range(100):
+        ...     grads, state, info = method.grad(state, w, loss_fn, x)
+        >>> bool(info.head_cosines[0, 1] < 0), bool(info.cosines[0, 1] > 0.9)
+        (True, True)
+
+    Source: Javaloy & Valera, "RotoGrad: Gradient Homogenization in Multitask Learning", ICLR 2022, and the package
+    rotograd 0.1.2 and 0.1.6. Departures: rotations start at the identity, those of the package at
+    `random_rotations`; a task without gradient counts as 0 where it is divided by.
+    """
+    bound = hyperparameters(rotation_shape, **hyper)
+
+    def init(
+        num_tasks: int,
+        *,
+        rotations: Tensor | None = None,
+        initial_losses: Any = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> RotoGradState:
+        return _init(num_tasks, bound, rotations, initial_losses, dtype, device)
+
+    def grad(
+        state: RotoGradState, params: Any, loss_fn: LossFn, batch: Any, *, mask: Any = None,
+        update: bool | Tensor = True, has_aux: bool = False,
+    ) -> Any:  # fmt: skip
+        check_state(state)
+        moments = update is not False
+        stats, aux = run(state, params, loss_fn, batch, bound, mask=mask, moments=moments, has_aux=has_aux)
+        state, info = _balance(state, stats, bound, mask, update)
+        return (stats.grads, state, info, aux) if has_aux else (stats.grads, state, info)
+
+    def update(
+        state: RotoGradState, params: Any, loss_fn: LossFn, batch: Any, *, mask: Any = None,
+        update: bool | Tensor = True, has_aux: bool = False,
+    ) -> Any:  # fmt: skip
+        check_state(state)
+        if update is False and not has_aux:
+            return state
+        moments = update is not False
+        stats, aux = run(state, params, loss_fn, batch, bound, mask=mask, grads=False, moments=moments, has_aux=has_aux)
+        state, _ = _balance(state, stats, bound, mask, update)
+        return (state, aux) if has_aux else state
+
+    def balance(
+        state: RotoGradState, stats: RotoGradStats, *, mask: Any = None, update: bool | Tensor = True
+    ) -> tuple[RotoGradState, RotoGradInfo]:
+        check_state(state)
+        return _balance(state, stats, bound, mask, update)
+
+    return Balancer(init, update, grad, balance)
+
+
+def rotograd_grad(
+    state: RotoGradState,
+    params: Any,
+    loss_fn: LossFn,
+    batch: Any,
+    *,
+    mask: Any = None,
+    update: bool | Tensor = True,
+    has_aux: bool = False,
+    **hyper: Any,
+) -> Any:
+    r"""What a training step needs, from one pass: the gradients of all parameters, and the new rotations.
+
+    The gradients are those at the rotations of the state, from before this step.
+
+    Args:
+        state: from `rotograd_init_state`.
+        params, batch, has_aux: as in `measure`.
+        loss_fn: a `multi_task_loss` with a backbone; its heads get R_k z for z.
+        mask: the tasks present in this batch, (T,) bool or a pytree like the losses. The others keep their rotations
+            and weights, and do not count in the mean.
+        update: False, or a 0-d bool tensor that is False, freezes the state.
+        **hyper: as in `rotograd`; `rotation_shape` is that of the state unless given.
+
+    Returns:
+        (grads, state, info): gradients in the structure of params, the new RotoGradState, and RotoGradInfo.
+        With `has_aux`, (grads, state, info, aux).
+
+    Raises:
+        ValueError: for a loss_fn without a seam, a rotation_shape that does not fit z, a wrong number of tasks, a
+            state from other hyperparameters, and as `rotograd` does.
+
+    Example:
+        >>> import torch, gradnorm_func as gn
+        >>> loss_fn = gn.multi_task_loss(lambda w, x: x * w, [lambda w, z, x: z[0, 0], lambda w, z, x: 3 * z[0, 1]])
+        >>> grads, state, info = gn.rotograd_grad(
+        ...     gn.rotograd_init_state(2, 2), torch.ones(2), loss_fn, torch.ones(1, 2), scale="none")
+        >>> grads
+        tensor([1., 3.])
+    """
+    method = rotograd(hyper.pop("rotation_shape", _size(state)), **hyper)
+    return method.grad(state, params, loss_fn, batch, mask=mask, update=update, has_aux=has_aux)
+
+
+def rotograd_update(
+    state: RotoGradState,
+    params: Any,
+    loss_fn: LossFn,
+    batch: Any,
+    *,
+    mask: Any = None,
+    update: bool | Tensor = True,
+    has_aux: bool = False,
+    **hyper: Any,
+) -> Any:
+    r"""The new state alone, without the pass through the backbone.
+
+    Args:
+        As in `rotograd_grad`.
+
+    Returns:
+        RotoGradState; with `has_aux`, (state, aux).
+
+    Raises:
+        ValueError: as `rotograd_grad` does.
+
+    Example:
+        >>> import torch, gradnorm_func as gn
+        >>> loss_fn = gn.multi_task_loss(lambda w, x: x * w, [lambda w, z, x: z[0, 0], lambda w, z, x: 3 * z[0, 1]])
+        >>> int(gn.rotograd_update(gn.rotograd_init_state(2, 2), torch.ones(2), loss_fn, torch.ones(1, 2)).step)
+        1
+    """
+    method = rotograd(hyper.pop("rotation_shape", _size(state)), **hyper)
+    return method.update(state, params, loss_fn, batch, mask=mask, update=update, has_aux=has_aux)
+
+
+def rotograd_accumulate(
+    state: RotoGradState,
+    params: Any,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    *,
+    exact: bool = True,
+    num_examples: Iterable[float] | None = None,
+    mask: Any = None,
+    update: bool | Tensor = True,
+    **hyper: Any,
+) -> tuple[Any, RotoGradState, RotoGradInfo]:
+    r"""One step from several micro-batches.
+
+    The rotations move as on the whole batch in either form, for their gradient is linear in the cross moments. The
+    backbone's factors f are not: `exact` takes them from the norms of the whole batch and runs every micro-batch a
+    second time; otherwise every micro-batch uses the factors of its own norms. Without scale (`scale="none"`) and
+    with the learned weights of "gradnorm" both are the same, but for `normalize` at the steps that take L(0).
+
+    Args:
+        state, params, loss_fn, mask, update: as in `rotograd_grad`.
+        batches: the micro-batches; losses must be means over examples.
+        exact: two passes; False is one.
+        num_examples: of each micro-batch, if they are not of one size.
+        **hyper: as in `rotograd_grad`.
+
+    Returns:
+        (grads, state, info), as `rotograd_grad` on the whole batch.
+
+    Raises:
+        ValueError: as `rotograd_grad` does, and for no micro-batches.
+
+    Example:
+        >>> import torch, gradnorm_func as gn
+        >>> loss_fn = gn.multi_task_loss(
+        ...     lambda w, x: x * w, [lambda w, z, x: z.sum(-1).mean(), lambda w, z, x: z.square().sum(-1).mean()]
+        ... )
+        >>> state, w, x = gn.rotograd_init_state(2, 3), torch.ones(3), torch.eye(3)
+        >>> whole = gn.rotograd_grad(state, w, loss_fn, x)
+        >>> parts = gn.rotograd_accumulate(state, w, loss_fn, [x[:1], x[1:]], num_examples=[1, 2])
+        >>> torch.allclose(whole[0], parts[0]), torch.allclose(whole[1].rotations, parts[1].rotations)
+        (True, True)
+    """
+    parts = list(batches)
+    counts = [1.0] * len(parts) if num_examples is None else list(num_examples)
+    bound = bind(state, hyper)
+
+    def passes(**keywords: Any) -> RotoGradStats:
+        found = [
+            run(state, params, loss_fn, part, bound, mask=mask, cross=True, **keywords)[0]._replace(num_examples=count)
+            for part, count in zip(parts, counts, strict=True)
+        ]
+        return rotograd_merge(*found)
+
+    if not exact:
+        stats = passes()
+        return (stats.grads, *_balance(state, stats, bound, mask, update))
+    stats = passes(grads=False)
+    factors = factors_of(state, stats, here_of(state, mask), bound)
+    return (passes(factors=factors).grads, *_balance(state, stats, bound, mask, update))
+
+
+def _size(state: Any) -> int:
+    check_state(state)
+    return int(state.rotations.shape[-1])
+
+
+def _init(
+    num_tasks: int,
+    hyper: Hyper,
+    rotations: Tensor | None,
+    initial_losses: Any,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> RotoGradState:
+    if isinstance(num_tasks, bool) or not isinstance(num_tasks, int) or num_tasks < 2:
+        raise ValueError(f"num_tasks={num_tasks!r}: there is nothing to align with fewer than two tasks")
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype} must be a floating-point dtype")
+    shape = (num_tasks, hyper.layout.size, hyper.layout.size)
+    eye = torch.eye(shape[-1], dtype=dtype, device=device)
+    if rotations is None:
+        start = eye.repeat(num_tasks, 1, 1)
+    else:
+        if rotations.shape != shape:
+            raise ValueError(f"rotations has shape {tuple(rotations.shape)}; these tasks and features need {shape}")
+        start = rotations.detach().to(dtype=dtype, device=device).clone(memory_format=torch.contiguous_format)
+        if not bool(torch.linalg.matrix_norm(start.mT @ start - eye).max() < 1e-3):
+            raise ValueError("rotations must be orthogonal; see gn.random_rotations")
+    losses = torch.full((num_tasks,), torch.nan, dtype=dtype, device=device)
+    if initial_losses is not None:
+        losses = task_vector(initial_losses, "initial_losses").detach().to(dtype=dtype, device=device, copy=True)
+        if losses.shape[0] != num_tasks:
+            raise ValueError(f"initial_losses has {losses.shape[0]} entries, but num_tasks={num_tasks}")
+    ones, nan = torch.ones_like(losses), torch.full((), torch.nan, dtype=dtype, device=device)
+    flat = torch.zeros_like(start)
+    return RotoGradState(
+        rotations=start,
+        base=() if hyper.moving else start.clone(),
+        tangents=() if hyper.moving else flat,
+        moments=hyper.optimizer.init(flat),
+        weights=ones,
+        weight_moments=hyper.weight_optimizer.init(ones) if hyper.scale == "gradnorm" else (),
+        initial_losses=losses,
+        initial_norms=torch.full_like(losses, torch.nan),
+        initial_backbone_loss=nan,
+        step=torch.zeros((), dtype=torch.int64, device=device),
+    )
+
+
+def _balance(
+    state: RotoGradState, stats: RotoGradStats, hyper: Hyper, mask: Any, update: bool | Tensor
+) -> tuple[RotoGradState, RotoGradInfo]:
+    _check(state, hyper)
+    with quiet()():
+        here = here_of(state, mask)
+        _, gram = rescaled(state, stats, here, hyper)
+        found = numbers(state, stats.losses, gram, here, hyper)
+        info = _info(stats, gram, found, here, hyper)
+        if update is False:
+            return state, info
+        new = _rotated(state, _objective_gradient(state, stats, found, hyper), hyper)
+        new = new._replace(
+            initial_losses=found.initial_losses,
+            initial_norms=found.initial_norms,
+            initial_backbone_loss=backbone_initial(state, stats.backbone_loss, hyper),
+            step=state.step + 1,
+        )
+        if hyper.scale == "gradnorm":
+            by_log = weight_gradient(state, found, gram, here, hyper)
+            step, moments = hyper.weight_optimizer.update(by_log, state.weight_moments, state.weights.log())
+            raw = torch.where(here, state.weights * step.exp(), 0.0)
+            moved = torch.where(here, raw * (torch.where(here, state.weights, 0.0).sum() / raw.sum()), state.weights)
+            new = new._replace(weights=moved, weight_moments=moments)
+        if mask is not None:
+            new = _with_absent(here, new, state)
+        ok = info.finite & new.rotations.isfinite().all() & new.weights.isfinite().all()
+        info = info._replace(finite=ok)
+        return choose(ok & here.any() & torch.as_tensor(update, device=here.device), new, state), info
+
+
+def _objective_gradient(state: RotoGradState, stats: RotoGradStats, found: Numbers, hyper: Hyper) -> Tensor:
+    """(T, m, m) R_kᵀ times the derivative of what R_k descends."""
+    ratio = found.units / stats.units
+    moments, square = stats.moments, stats.square
+    if isinstance(stats.cross, Tensor):
+        along = found.direction * ratio
+        moments = torch.einsum("k,j,kjab->kab", ratio, along, stats.cross)
+        square = torch.einsum("k,kab->ab", along, torch.einsum("j,kjab->kab", along, stats.cross))
+    factor = 1.0 if hyper.form == "paper" else 2 / max(stats.examples, 1.0)
+    gradient: Tensor = -factor * moments
+    if hyper.cooperative is None:
+        return gradient
+    # The published rotation loss is a square distance: its normal part moves nothing, but counts in the norm.
+    if hyper.form != "paper":
+        gradient = gradient + factor * square
+    own = stats.task_moments * ratio[:, None, None]
+    size = torch.linalg.matrix_norm((own + gradient) / 2, keepdim=True)
+    return torch.where(state.step >= hyper.cooperative, _resized(own, size) + _resized(gradient, size), gradient)
+
+
+def _resized(x: Tensor, size: Tensor) -> Tensor:
+    """A stack of matrices, each scaled to a norm; 0 stays 0."""
+    norm = torch.linalg.matrix_norm(x, keepdim=True)
+    return torch.where(norm > 0, x * (size / torch.where(norm > 0, norm, 1.0)), 0.0)
+
+
+def _rotated(state: RotoGradState, gradient: Tensor, hyper: Hyper) -> RotoGradState:
+    """The state with rotations one step further; `gradient` is R_kᵀ ∂/∂R_k."""
+    if hyper.moving:
+        step, moments = hyper.optimizer.update(skew(gradient), state.moments, torch.zeros_like(gradient))
+        rotations = polish(turn(state.rotations, step, hyper.map), state.step)
+        return state._replace(rotations=rotations, moments=moments)
+    by_tangent = tangent_gradient(state.tangents, gradient, hyper.map)
+    step, moments = hyper.optimizer.update(by_tangent, state.moments, state.tangents)
+    tangents = state.tangents + step
+    return state._replace(rotations=state.base @ MAPS[hyper.map](tangents), tangents=tangents, moments=moments)
+
+
+def _info(stats: RotoGradStats, gram: Tensor, found: Numbers, here: Tensor, hyper: Hyper) -> RotoGradInfo:
+    ratio = found.units / stats.units
+    head_gram = stats.head_gram * ratio[:, None] * ratio
+    head_norms = _tree.safe_sqrt(diagonal(head_gram))
+    agreement = gram @ found.direction
+    rotation_losses = -agreement
+    if hyper.form != "paper":
+        distance = found.direction @ agreement + diagonal(gram) - 2 * agreement
+        rotation_losses = distance / max(stats.examples, 1.0)
+    total = torch.where(here, stats.losses, 0.0).sum()
+    finite = ((stats.losses.isfinite() & found.norms.isfinite()) | ~here).all() & gram.isfinite().all()
+    if isinstance(stats.backbone_loss, Tensor):
+        total, finite = total + stats.backbone_loss, finite & stats.backbone_loss.isfinite()
+    return RotoGradInfo(
+        losses=stats.losses,
+        weights=found.weights,
+        head_norms=head_norms,
+        grad_norms=found.norms,
+        head_cosines=_cosines(head_gram, head_norms),
+        cosines=_cosines(gram, found.norms),
+        rotation_losses=rotation_losses,
+        total_loss=total,
+        finite=finite,
+    )
+
+
+def _cosines(gram: Tensor, norms: Tensor) -> Tensor:
+    """(T, T); 0 where a gradient vanishes."""
+    size = norms[:, None] * norms
+    return torch.where(size > 0, gram / torch.where(size > 0, size, 1.0), 0.0)
+
+
+def _with_absent(here: Tensor, new: RotoGradState, old: RotoGradState) -> RotoGradState:
+    """The new state, with everything of the absent tasks as it was."""
+
+    def pick(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(here.reshape(-1, *[1] * (a.ndim - 1)), a, b) if a.ndim else a
+
+    return _tree.tree_map(pick, new, old)  # type: ignore[no-any-return]
+
+
+def _check(state: RotoGradState, hyper: Hyper) -> None:
+    flat = torch.zeros_like(state.rotations)
+    expected = (
+        () if hyper.moving else flat,
+        hyper.optimizer.init(flat),
+        hyper.weight_optimizer.init(state.weights) if hyper.scale == "gradnorm" else (),
+    )
+    if _tree.flatten(expected)[1] != _tree.flatten((state.tangents, state.moments, state.weight_moments))[1]:
+        raise ValueError(
+            "the state was made with another moving=, scale= or optimizer=: give rotograd_init_state and the updates "
+            "the same (or use the init of the same gn.rotograd(...))"
+        )
