@@ -15,6 +15,9 @@ from torch.func import vjp, vmap
 from gradnorm_func import _tree
 from gradnorm_func._loss import wrong_count
 
+# One leaf of z for all tasks: T tensors, or one (T, ...) tensor where the heads are stacked.
+PerTask: TypeAlias = list[Tensor] | Tensor
+
 # of the sum to differentiate: (T,), or a function of (losses, norms, example norms) that gives them, or nothing
 Weights: TypeAlias = Tensor | Callable[[Tensor, Any, Any], Tensor] | None
 

@@ -10,17 +10,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradnorm_func import _linear, _ownership, _tree
-from gradnorm_func._engine import AuxBox, Exchange, Measured, Plan, pull_all, quiet, row_norms, split_aux, vjp_aux
+from gradnorm_func._engine import (
+    AuxBox,
+    Exchange,
+    Measured,
+    PerTask,
+    Plan,
+    pull_all,
+    quiet,
+    row_norms,
+    split_aux,
+    vjp_aux,
+)
 from gradnorm_func._loss import MultiTaskLoss, SharedLinear, StackedHeads, task_vector
-
-# One leaf of z for all tasks: T tensors, or one (T, ...) tensor where the heads are stacked.
-PerTask: TypeAlias = list[Tensor] | Tensor
 
 
 def seam(loss: MultiTaskLoss, params: Any, batch: Any, plan: Plan) -> Measured:
@@ -239,9 +247,9 @@ class _Pass:
             norms = row_norms(task_grads)
         elif plan.norms and self.wanted is not None:
             assert isinstance(self.loss.last_shared, SharedLinear)
-            y_grads = _linear.before_activation(self.loss.last_shared, layer[1], _stack(z_grads[0]))
+            y_grads = _linear.before_activation(self.loss.last_shared, layer[1], z_grads[0])
             if plan.task_grads:
-                task_grads = _linear.gradients(layer[0], y_grads, self.wanted)
+                task_grads = _linear.gradients(layer[0], _stack(y_grads), self.wanted)
                 norms = row_norms(task_grads)
                 if self.bias_first:  # they come as (weight, bias), but the leaves of W in leaf order
                     task_grads.reverse()
