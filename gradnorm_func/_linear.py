@@ -22,7 +22,7 @@ def before_activation(layer: SharedLinear, y: Tensor, z_grads: PerTask) -> PerTa
 
 
 def each(fn: Callable[[Tensor], Tensor], per_task: PerTask) -> PerTask:
-    """`fn` of every task: under vmap where the tasks are stacked, else one after the other, while it is in the cache."""
+    """`fn` of every task: under vmap where the tasks are stacked, else one by one, while each is in the cache."""
     if isinstance(per_task, Tensor):
         out: Tensor = vmap(fn)(per_task)
         return out
