@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradnorm_func._loss import task_vector
 from gradnorm_func._stats import TaskStats
-from gradnorm_func._step import Balancer, balancer, check_state, choose, constant, mask_vector, vectors
+from gradnorm_func._step import Balancer, balancer, check_state, choose, constant, mask_vector, vectors, weighted_total
 from gradnorm_func._tree import Where
 
 
@@ -105,7 +105,7 @@ def fixed_ratio(
             means = state.norm_sums / state.norm_counts
             finite = (losses.isfinite() | ~here).all()
             return state, FixedRatioInfo(
-                losses, state.weights, grad_norms, means, _total(state.weights, losses, here), finite
+                losses, state.weights, grad_norms, means, weighted_total(state.weights, losses, here), finite
             )
         seen = grad_norms
         if per_example and isinstance(stats.example_norms, Tensor):
@@ -119,13 +119,11 @@ def fixed_ratio(
         finite = ((losses.isfinite() & seen.isfinite() & weights.isfinite()) | ~here).all()
         ok = finite & here.any() & torch.as_tensor(update, device=losses.device)
         new = choose(ok, FixedRatioState(weights, sums, counts), state)
-        return new, FixedRatioInfo(losses, new.weights, grad_norms, means, _total(new.weights, losses, here), finite)
+        return new, FixedRatioInfo(
+            losses, new.weights, grad_norms, means, weighted_total(new.weights, losses, here), finite
+        )
 
     return balancer(init, balance, where=where, same_step=True)
-
-
-def _total(weights: Tensor, losses: Tensor, here: Tensor) -> Tensor:
-    return torch.where(here, weights * losses, 0.0).sum()
 
 
 def _shares(ratios: Any, like: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradnorm_func import _optim, _tree
 from gradnorm_func._loss import LossFn, task_vector
 from gradnorm_func._stats import TaskStats
-from gradnorm_func._step import Balancer, balancer, check_state, choose, mask_vector, vectors
+from gradnorm_func._step import Balancer, balancer, check_state, choose, mask_vector, vectors, weighted_total
 from gradnorm_func._tree import Where
 
 
@@ -206,7 +206,7 @@ def balance(
         targets = targets * rho / mean(rho)
     gaps = weighted - targets
     finite = ((losses.isfinite() & norms.isfinite() & targets.isfinite()) | ~here).all()
-    total_loss = torch.where(here, w * losses, 0.0).sum()
+    total_loss = weighted_total(w, losses, here)
     info = GradNormInfo(losses, w, norms, targets, rates, torch.where(here, gaps.abs(), 0.0).sum(), total_loss, finite)
     if update is False:
         return state, info._replace(finite=losses.isfinite().logical_or(~here).all())

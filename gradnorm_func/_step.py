@@ -129,6 +129,11 @@ def mask_vector(mask: Any, weights: Tensor) -> Tensor | None:
     return vector.to(device=weights.device, dtype=torch.bool)
 
 
+def weighted_total(weights: Tensor, losses: Tensor, here: Tensor) -> Tensor:
+    """Σ w_i L_i over the tasks that are here; an absent loss may be NaN."""
+    return torch.where(here, weights * losses, 0.0).sum()
+
+
 def vectors(state: Any, stats: TaskStats, *, needed: bool) -> tuple[Tensor, Tensor]:
     """Losses and gradient norms of stats as (T,), as the weights are; NaN for norms not measured, if not needed."""
     weights: Tensor = state.weights
