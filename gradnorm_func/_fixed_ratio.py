@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradnorm_func._loss import task_vector
 from gradnorm_func._stats import TaskStats
-from gradnorm_func._step import Balancer, balancer, check_state, choose, constant, mask_vector, vectors, weighted_total
+from gradnorm_func._step import Balancer, balancer, check_state, choose, constant, here_of, vectors, weighted_total
 from gradnorm_func._tree import Where
 
 
@@ -99,8 +99,7 @@ def fixed_ratio(
     ) -> tuple[FixedRatioState, FixedRatioInfo]:
         check_state(state, FixedRatioState, "gn.fixed_ratio(...).init(T)")
         losses, grad_norms = vectors(state, stats, needed=update is not False)
-        present = mask_vector(mask, losses)
-        here = torch.ones_like(losses, dtype=torch.bool) if present is None else present
+        here = here_of(state, mask)
         if update is False:
             means = state.norm_sums / state.norm_counts
             finite = (losses.isfinite() | ~here).all()

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradnorm_func import _optim, _tree
 from gradnorm_func._loss import LossFn, task_vector
 from gradnorm_func._stats import TaskStats
-from gradnorm_func._step import Balancer, balancer, check_state, choose, mask_vector, vectors, weighted_total
+from gradnorm_func._step import Balancer, balancer, check_state, choose, here_of, vectors, weighted_total
 from gradnorm_func._tree import Where
 
 
@@ -180,8 +180,7 @@ def balance(
     _check_moments(state, optimizer)
     w = state.weights
     losses, norms = vectors(state, stats, needed=update is not False)
-    present = mask_vector(mask, w)
-    here = torch.ones_like(w, dtype=torch.bool) if present is None else present
+    here = here_of(state, mask)
     count = here.sum().clamp(min=1)
 
     def mean(x: Tensor) -> Tensor:
@@ -222,7 +221,7 @@ def balance(
         moved = w + step
     moved = torch.maximum(moved, floor * state.total / w.shape[0])
     moved = torch.where(here, moved * (budget / torch.where(here, moved, 0.0).sum()), w)
-    if present is not None:
+    if mask is not None:
         moments = _tree.tree_map(
             lambda a, b: torch.where(here, a, b) if a.shape == w.shape else a, moments, state.moments
         )

@@ -18,7 +18,6 @@ from gradnorm_func._rotograd_measure import (
     bind,
     check_state,
     factors_of,
-    here_of,
     rescaled,
     rotograd_merge,
     run,
@@ -32,7 +31,7 @@ from gradnorm_func._rotograd_scale import (
     numbers,
     weight_gradient,
 )
-from gradnorm_func._step import Balancer, choose
+from gradnorm_func._step import Balancer, choose, here_of
 
 
 class RotoGradInfo(NamedTuple):

@@ -12,7 +12,7 @@ from gradnorm_func._engine import Exchange, Measured, Plan
 from gradnorm_func._loss import LossFn, MultiTaskLoss, StackedHeads
 from gradnorm_func._rotograd_scale import Hyper, RotoGradState, hyperparameters, numbers, retaken, units_of
 from gradnorm_func._seam import seam
-from gradnorm_func._step import mask_vector
+from gradnorm_func._step import here_of
 
 
 class RotoGradFactors(NamedTuple):
@@ -189,12 +189,6 @@ def check_state(state: Any) -> None:
             f"state is a {type(state).__name__}, not a RotoGradState: make one with gn.rotograd_init_state(T, m); "
             "the order of arguments is (state, params, loss_fn, batch)"
         )
-
-
-def here_of(state: RotoGradState, mask: Any) -> Tensor:
-    """(T,) bool: the tasks present."""
-    present = mask_vector(mask, state.weights)
-    return torch.ones_like(state.weights, dtype=torch.bool) if present is None else present
 
 
 def factors_of(state: RotoGradState, stats: RotoGradStats, here: Tensor, hyper: Hyper) -> RotoGradFactors:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradnorm_func._loss import task_vector
 from gradnorm_func._stats import TaskStats
-from gradnorm_func._step import Balancer, balancer, check_state, mask_vector, vectors, weighted_total
+from gradnorm_func._step import Balancer, balancer, check_state, here_of, vectors, weighted_total
 from gradnorm_func._tree import Where
 
 
@@ -69,8 +69,7 @@ def static(weights: Any = None, *, where: Where = None, norms: bool = False) -> 
     ) -> tuple[StaticState, StaticInfo]:
         check_state(state, StaticState, "gn.static(...).init(T)")
         losses, grad_norms = vectors(state, stats, needed=False)
-        present = mask_vector(mask, state.weights)
-        here = torch.ones_like(losses, dtype=torch.bool) if present is None else present
+        here = here_of(state, mask)
         total = weighted_total(state.weights, losses, here)
         return state, StaticInfo(losses, state.weights, grad_norms, total, (losses.isfinite() | ~here).all())
 

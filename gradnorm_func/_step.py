@@ -129,6 +129,12 @@ def mask_vector(mask: Any, weights: Tensor) -> Tensor | None:
     return vector.to(device=weights.device, dtype=torch.bool)
 
 
+def here_of(state: Any, mask: Any) -> Tensor:
+    """(T,) bool: the tasks present, all of them without a mask."""
+    present = mask_vector(mask, state.weights)
+    return torch.ones_like(state.weights, dtype=torch.bool) if present is None else present
+
+
 def weighted_total(weights: Tensor, losses: Tensor, here: Tensor) -> Tensor:
     """Σ w_i L_i over the tasks that are here; an absent loss may be NaN."""
     return torch.where(here, weights * losses, 0.0).sum()
