@@ -2,6 +2,7 @@
 
 from gradnorm_func._analysis import task_cosine_similarity, task_grad_norms, task_grads, task_gramian
 from gradnorm_func._check import check_seam
+from gradnorm_func._equal_norms import EqualNormsInfo, EqualNormsState, equal_norms
 from gradnorm_func._fixed_ratio import FixedRatioInfo, FixedRatioState, fixed_ratio
 from gradnorm_func._gradinit import (
     GradInitInfo,
@@ -25,6 +26,7 @@ from gradnorm_func._gradnorm import (
 from gradnorm_func._interop import check_finite, functional, load_state, log_dict, state_dict, write_grads
 from gradnorm_func._loss import multi_task_loss, shared_linear, stacked_heads, task_names
 from gradnorm_func._measure import measure
+from gradnorm_func._ntk import NTKInfo, NTKState, NTKStats, ntk, ntk_kernels
 from gradnorm_func._optim import Optimizer, adam, sgd
 from gradnorm_func._rescale_adam import rescale_adam
 from gradnorm_func._rotation import random_rotations
@@ -55,12 +57,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Balancer",
+    "EqualNormsInfo",
+    "EqualNormsState",
     "FixedRatioInfo",
     "FixedRatioState",
     "GradInitInfo",
     "GradInitState",
     "GradNormInfo",
     "GradNormState",
+    "NTKInfo",
+    "NTKState",
+    "NTKStats",
     "Optimizer",
     "RotoGradFactors",
     "RotoGradInfo",
@@ -74,6 +81,7 @@ __all__ = [
     "balancer",
     "check_finite",
     "check_seam",
+    "equal_norms",
     "export",
     "fixed_ratio",
     "fold_rotations",
@@ -94,6 +102,8 @@ __all__ = [
     "measure",
     "merge",
     "multi_task_loss",
+    "ntk",
+    "ntk_kernels",
     "random_rotations",
     "rescale_adam",
     "reset_initial_losses",

@@ -83,6 +83,22 @@ def inverse_norm(mix=0.1, where=None):
     return gn.balancer(init, balance, where=where)
 
 
+def residual_at(task):
+    """What `_head` squares, at one example: for the rule that looks at residuals."""
+
+    def residual(params, example):
+        x, y = example
+        z = torch.tanh(params["trunk.1.weight"] @ torch.tanh(params["trunk.0"] @ x) + params["trunk.1.bias"])
+        return SCALES[task] ** 0.5 * (z @ params[f"head.{task}"] - y[task])
+
+    return residual
+
+
+def ntk(num_tasks=3, **options):
+    residuals = {f"t{task}": residual_at(task) for task in range(num_tasks)}
+    return gn.ntk(residuals, points=lambda batch: dict.fromkeys(residuals, batch), **options)
+
+
 # name -> a function of `where` that makes the balancer
 BALANCERS = {
     "gradnorm-adam": lambda where: gn.gradnorm(where=where, alpha=0.5),
@@ -90,6 +106,8 @@ BALANCERS = {
     "gradnorm-log": lambda where: gn.gradnorm(where=where, alpha=0.5, log_space=True),
     "fixed-ratio": lambda where: gn.fixed_ratio([1.0, 2.0, 3.0], where=where, decay=0.9),
     "fixed-ratio-whole": lambda where: gn.fixed_ratio(where=where, per_example=False, decay=0.9, budget=2.0),
+    "equal-norms": lambda where: gn.equal_norms(where=where, momentum=0.6, every=2),
+    "ntk": lambda where: ntk(momentum=0.6),
     "static": lambda where: gn.static([0.5, 1.0, 2.0], where=where, norms=True),
     "user": lambda where: inverse_norm(where=where),
 }
