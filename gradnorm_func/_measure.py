@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from gradnorm_func._seam import seam
 from gradnorm_func._separable import separable
 from gradnorm_func._stats import TaskStats
 from gradnorm_func._tree import Where
+
+# What torch says of torch.autograd inside torch.func: of a leaf made in the loss, and of one that came with the batch.
+AUTOGRAD_INSIDE = ("call Tensor.requires_grad_()", "to not have been used in the graph")
 
 
 def measure(
@@ -115,18 +119,36 @@ def run_engine(
     _tree.check_params(params)
     at = None if where is None else _tree.select(params, where)
     plan = Plan(weights, at, norms, task_grads, has_aux, vectorize, chunk_size)
+    engine = _engine_of(loss_fn, params, plan, force_general)
+    if torch.compiler.is_compiling():
+        return engine(loss_fn, params, batch, plan)
+    try:
+        return engine(loss_fn, params, batch, plan)
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in AUTOGRAD_INSIDE):
+            raise RuntimeError(
+                "the loss seems to use requires_grad_() and torch.autograd.grad, which do not work inside torch.func. "
+                "Differentiate with respect to inputs by torch.func.grad, jvp or jacrev, under vmap over the points; "
+                "or keep the loss, take the norms by torch.autograd.grad too, and give them to "
+                "balance(state, gn.TaskStats(losses, grad_norms)): see help(gn.multi_task_loss)"
+            ) from error
+        raise
+
+
+def _engine_of(loss_fn: LossFn, params: Any, plan: Plan, force_general: bool) -> Callable[..., Measured]:
+    """Of the three, the one that makes most of what is known of the loss."""
     if not isinstance(loss_fn, MultiTaskLoss):
-        return general(loss_fn, params, batch, plan)
-    if has_aux != loss_fn.has_aux:
+        return general
+    if plan.has_aux != loss_fn.has_aux:
         raise ValueError(
-            f"has_aux={has_aux}, but multi_task_loss was made with has_aux={loss_fn.has_aux}: give both the same"
+            f"has_aux={plan.has_aux}, but multi_task_loss was made with has_aux={loss_fn.has_aux}: give both the same"
         )
     if loss_fn.backbone is None:
-        return (general if force_general else separable)(loss_fn, params, batch, plan)
+        return general if force_general else separable
     inside_stack = isinstance(loss_fn.heads, StackedHeads) and bool(
-        set(at or ()) & set(_tree.select(params, loss_fn.heads.path))
+        set(plan.at or ()) & set(_tree.select(params, loss_fn.heads.path))
     )
-    return (general if force_general or inside_stack else seam)(loss_fn, params, batch, plan)
+    return general if force_general or inside_stack else seam
 
 
 def as_tree(measured: Measured, params: Any, where: Where) -> Any:
