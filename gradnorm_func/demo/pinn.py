@@ -263,21 +263,23 @@ def figure(out: str, results: dict[str, list[Result]]) -> None:
         axes = fig.subplots(len(results), 3, squeeze=False, width_ratios=[0.85, 1.15, 1])
         for row, (name, found) in zip(axes, results.items(), strict=True):
             equation = by_name[name]
-            first, second = equation.grid[:, 0, 0], equation.grid[0, :, 1]
-            image = row[0].pcolormesh(first, second, equation.solution.T, cmap="RdBu_r", vmin=-1, vmax=1,
-                                      rasterized=True)  # fmt: skip
+            first, second = equation.grid[:, 0, 0].numpy(), equation.grid[0, :, 1].numpy()
+            u = equation.solution.T.numpy()
+            image = row[0].pcolormesh(first, second, u, cmap="RdBu_r", vmin=-1, vmax=1, rasterized=True)
             fig.colorbar(image, ax=row[0], pad=0.02)
             row[0].set(title=f"{name}: exact solution u", xlabel=equation.axes[0], ylabel=equation.axes[1])
             row[0].grid(False)
+            lines = []
             for i, result in enumerate(found):
-                errors = result.run.errors
-                middle = errors.log().mean(1).exp()
                 line = {"color": COLOURS[i], "linestyle": DASHES[i % len(DASHES)]}
-                row[1].plot(result.run.steps, middle, label=result.name, **line)
-                row[1].plot(result.run.steps[-1] * 1.02, middle[-1], "o", color=COLOURS[i], markersize=5, clip_on=False)
-            row[1].set(title="relative L2 error (geometric mean over seeds, lower is better)", yscale="log",
+                errors, last = 100 * result.run.errors, result.run.steps[-1]
+                lines += row[1].plot(result.run.steps, errors.log().mean(1).exp().numpy(), **line)
+                at = [last * (1.03 + 0.025 * i)] * errors.shape[1]
+                row[1].plot(at, errors[-1].numpy(), "o", color=COLOURS[i], markersize=4, alpha=0.8)
+            row[1].set(title="relative L2 error, % (line: mean; dots: each seed at the end)", yscale="log",
                        xlabel="training step")  # fmt: skip
-            row[1].legend(fontsize=8.5, loc="lower left")
+            row[1].yaxis.set_major_formatter("{x:g}")
+            row[1].yaxis.set_minor_formatter("{x:g}")
             tasks = sorted(equation.residuals)
             edges = [i for i, task in enumerate(tasks) if task != "equation"]
             for result, dash in ((r, d) for n, d in ((GRADNORM, "-"), (NORMS, DASHES[1]), (KERNELS, DASHES[2]))
@@ -285,10 +287,11 @@ def figure(out: str, results: dict[str, list[Result]]) -> None:
                 w = result.run.weights[:, 0]
                 for i in edges:
                     ratio = w[:, i] / w[:, tasks.index("equation")]
-                    row[2].plot(result.run.steps, ratio, color=COLOURS[i + 3], linestyle=dash,
+                    row[2].plot(result.run.steps, ratio.numpy(), color=COLOURS[i + 3], linestyle=dash,
                                 label=f"{tasks[i]}, {result.name}")  # fmt: skip
             row[2].axhline(1, color="0.6", linewidth=5, alpha=0.5, zorder=0)
-            row[2].set(title="weight relative to the equation's (seed 0; grey: equal)", yscale="log",
+            row[2].set(title="weight / weight of the equation (seed 0)", yscale="log",
                        xlabel="training step")  # fmt: skip
             row[2].legend(fontsize=8.5)
+        fig.legend(lines, [result.name for result in found], loc="outside upper center", ncols=len(found))
         fig.savefig(out, dpi=120)

@@ -1,0 +1,138 @@
+"""The PINN demo: its solutions solve the equations, its network knows its derivatives, its comparison is fair."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+from torch.func import grad, hessian, vmap
+
+from gradnorm_func.demo.__main__ import main
+
+pytest.importorskip("matplotlib")
+
+from gradnorm_func.demo import equations, pinn
+
+F64 = torch.float64
+
+
+def test_burgers_solution_solves_burgers_equation():
+    """Start, edge and equation, the last by differentiating the quadrature: they have one solution."""
+    x = torch.linspace(-1, 1, 41, dtype=F64)
+    u = equations.burgers_solution
+    torch.testing.assert_close(u(torch.zeros(()), x), -torch.sin(math.pi * x))
+    torch.testing.assert_close(u(x.abs(), torch.ones(())), torch.zeros_like(x), rtol=0, atol=1e-12)
+    t, x = torch.rand(200, dtype=F64) + 1e-3, torch.cat([2 * torch.rand(150) - 1, 0.02 * torch.randn(50)]).to(F64)
+    u_t, u_x = vmap(grad(u, (0, 1)))(t, x)
+    u_xx = vmap(grad(grad(u, 1), 1))(t, x)
+    residual = u_t + u(t, x) * u_x - equations.VISCOSITY * u_xx
+    assert u_x.abs().max() > 20, "the shock is among the points"
+    assert residual.abs().max() < 1e-9 * u_x.abs().max()
+    torch.testing.assert_close(u(t, x, nodes=120), u(t, x), rtol=1e-10, atol=1e-10)
+
+
+def test_helmholtz_solution_solves_helmholtz_equation(monkeypatch):
+    """A residual of the exact solution, put in the network's place, is zero."""
+    equation = equations.helmholtz()
+    a, b = math.pi, 4 * math.pi
+
+    def exact(params, points):
+        x, y = points.unbind(-1)
+        u = torch.sin(a * x) * torch.sin(b * y)
+        first = torch.stack([a * torch.cos(a * x) * torch.sin(b * y), b * torch.sin(a * x) * torch.cos(b * y)])
+        return equations.Jet(u, first, torch.stack([-a * a * u, -b * b * u]))
+
+    monkeypatch.setattr(equations, "network", exact)
+    points = {name: x.to(F64) for name, x in equation.sample(1, torch.Generator().manual_seed(0)).items()}
+    for name, residual in equation.residuals.items():
+        assert residual({}, points[name]).abs().max() < 1e-6, name  # the sampled edge is float32
+    assert equation.error({}) < 1e-6
+
+
+def test_the_network_knows_its_derivatives():
+    params = {name: leaf.to(F64) for name, leaf in equations.init_params(0).items()}
+    params = {name: leaf + 0.1 * torch.randn_like(leaf) for name, leaf in params.items()}
+    points = torch.randn(5, 3, 2, dtype=F64)
+    jet = equations.network(params, points)
+    value = lambda point: equations.network(params, point).value
+
+    def plain(x):
+        for i in range(equations.DEPTH):
+            x = torch.tanh(x @ params[f"{i}.weight"] + params[f"{i}.bias"])
+        return (x @ params[f"{equations.DEPTH}.weight"] + params[f"{equations.DEPTH}.bias"])[..., 0]
+
+    torch.testing.assert_close(jet.value, plain(points))
+    each = lambda fn: vmap(vmap(fn))(points)
+    assert jet.second.abs().min() > 0
+    torch.testing.assert_close(jet.first, each(grad(value)).movedim(-1, 0))
+    torch.testing.assert_close(jet.second, each(hessian(value)).diagonal(dim1=-2, dim2=-1).movedim(-1, 0))
+
+
+@pytest.mark.parametrize("name", equations.EQUATIONS)
+def test_points_lie_where_they_belong(name):
+    equation = equations.EQUATIONS[name]()
+    points = equation.sample(3, torch.Generator().manual_seed(0))
+    assert sorted(points) == sorted(equation.residuals)
+    low = 0 if name == "burgers" else -1
+    for x in points.values():
+        assert x.shape[0] == 3
+        assert (x[..., 0] >= low).all()
+        assert (x.abs() <= 1).all()
+    edge = points["boundary"].abs()
+    assert ((edge == 1).any(-1) if name == "helmholtz" else edge[..., 1] == 1).all()
+    if name == "burgers":
+        assert not points["initial"][..., 0].any()
+
+
+def test_every_method_gets_the_same_start_and_points():
+    """After no step but the first, in which all weights are 1, all methods are at the same place."""
+    equation, graphs = equations.burgers(), {}
+    runs = [
+        pinn.train(equation, method, torch.ones(2), [3, 4], 1, graphs, True, iter)
+        for method in pinn.methods(equation)
+        if method.name != pinn.STATIC
+    ]
+    assert len(runs) == 4
+    for run in runs:
+        torch.testing.assert_close(run.fields, runs[0].fields)
+        assert (run.fields[0] - run.fields[1]).abs().max() > 0.1
+    alone = pinn.train(equation, pinn.methods(equation)[0], torch.ones(1), [4], 1, {}, True, iter)
+    torch.testing.assert_close(alone.fields[0], runs[0].fields[1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_command_prints_tables_and_saves_a_figure(tmp_path, capsys):
+    path = tmp_path / "pinn.png"
+    arguments = ["pinn", "--equation", "helmholtz", "--seeds", "2", "--steps", "1", "--eager", "--out", str(path)]
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    rows = {line.split("|")[1].strip(): line for line in out.splitlines() if line.startswith("|")}
+    for name in (pinn.EQUAL, pinn.STATIC, pinn.GRADNORM, pinn.AVERAGE, pinn.NORMS, pinn.KERNELS):
+        assert re.search(r"\d\.\d\d ± \d+\.\d\d", rows[name])
+    assert out.count("best of 3") == 2
+    assert "Helmholtz: the smallest mean error is that of" in out
+    assert "run 8/8" in err
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_follows_the_numbers():
+    def result(name, errors):
+        return pinn.Result(
+            name, "", 0, pinn.Run([1], torch.tensor([errors]), torch.ones(1, 2, 2), torch.zeros(2, 1, 1))
+        )
+
+    found = [result(pinn.EQUAL, [0.1, 0.4]), result(pinn.GRADNORM, [0.2, 0.2])]
+    lines = pinn.table({"X": found}).splitlines()
+    assert lines[2].split("|")[2:4] == [" 25.00 ± 21.21 ", "    1.00 "]
+    assert lines[3].split("|")[2:4] == ["  20.00 ± 0.00 ", "    1.00 "]
+    assert "the smallest mean error is that of GradNorm" in pinn.verdict("X", found)
+    assert "nearer than equal weights on 1." in pinn.verdict("X", found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"), [(["--seeds", "0"], "--seeds must"), (["--steps", "0"], "--steps must")]
+)
+def test_a_wrong_number_is_refused(arguments, hint):
+    with pytest.raises(SystemExit, match=hint):
+        main(["pinn", *arguments])
