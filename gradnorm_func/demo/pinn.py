@@ -162,18 +162,15 @@ def compare_methods(
     return results
 
 
-def table(results: dict[str, list[Result]]) -> str:
+def table(name: str, results: list[Result]) -> str:
     """Relative L2 errors, mean ± standard deviation over the seeds, and the ratio to equal weights, seed by seed."""
-    header = ["relative L2 error, %", *(part for name in results for part in (name, "/ equal"))]
-    rows = [header]
-    for found in zip(*results.values(), strict=True):
-        row = [found[0].name]
-        for result, all_of_it in zip(found, results.values(), strict=True):
-            final = result.run.errors[-1]
-            ratio = (final / all_of_it[0].run.errors[-1]).log().mean().exp()
-            row += [compare.spread(100 * final, ".2f"), f"{float(ratio):.2f}"]
-        rows.append(row)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    rows = [[name, "relative L2 error, %", "/ equal", "each seed"]]
+    for result in results:
+        final = result.run.errors[-1]
+        ratio = (final / results[0].run.errors[-1]).log().mean().exp()
+        each = ", ".join(f"{100 * error:.1f}" for error in final.tolist())
+        rows.append([result.name, compare.spread(100 * final, ".2f"), f"{float(ratio):.2f}", each])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
         cells = [
@@ -233,20 +230,16 @@ def run(args: argparse.Namespace) -> None:
     try:
         for name in chosen:
             equation = equations.EQUATIONS[name]()
-            results[equation.name] = compare_methods(
-                equation, range(args.seeds), args.steps, not args.no_search, args.eager, progress
-            )
+            found = compare_methods(equation, range(args.seeds), args.steps, not args.no_search, args.eager, progress)
+            results[equation.name] = found
+            print(f"\n{equation.name}: on how many runs each setting was chosen (seed {args.seeds}, not used below)")
+            for result in found:
+                how = f"best of {result.tried}" if result.tried else "no search"
+                print(f"  {result.name:16} {result.setting} ({how})")
+            print(f"\n{table(equation.name, found)}\n\n{verdict(equation.name, found)}", flush=True)
     finally:
         progress.close()
-    for name, found in results.items():
-        print(f"\n{name}: settings, and on how many search runs each was chosen (seed {args.seeds}, not used below)")
-        for result in found:
-            how = f"best of {result.tried}" if result.tried else "no search"
-            print(f"  {result.name:16} {result.setting} ({how})")
-    print(f"\n{table(results)}\n")
     print('± is the standard deviation over the seeds; "/ equal" the geometric mean of each seed\'s ratio.')
-    for name, found in results.items():
-        print(verdict(name, found))
     figure(args.out, results)
 
 
