@@ -182,6 +182,8 @@ def multi_task_loss(
     - derivatives with respect to the inputs are taken by `torch.func` (`grad`, `jvp`, `jacrev`) under `vmap` over the
       points. `requires_grad_()` and `torch.autograd.grad` do not work inside torch.func; who keeps such a loss takes
       the norms in the same way, `balance(state, gn.TaskStats(losses, norms))`, and steps on Σ w_i L_i as ever;
+    - GradNorm's L(0) should be given, `init_state(T, initial_losses=...)`, by the sizes of the terms: a fresh network
+      is nearly constant and solves many an equation, so that the first batch's L(0) of the residual says nothing;
     - weights computed from the residuals themselves (causal, attention) need `.detach()`, or they are differentiated;
     - points may be drawn in the loss (`torch.rand`), but not under the `vmap` over points, nor are those seen outside;
     - with L-BFGS the weights stay as they are inside the closure, `balancer.grad(..., update=False)`, and move between

@@ -36,7 +36,7 @@ def test_burgers_solution_solves_burgers_equation():
 def test_helmholtz_solution_solves_helmholtz_equation(monkeypatch):
     """A residual of the exact solution, put in the network's place, is zero."""
     equation = equations.helmholtz()
-    a, b = math.pi, 4 * math.pi
+    a, b = math.pi, 2 * math.pi
 
     def exact(params, points):
         x, y = points.unbind(-1)
@@ -45,6 +45,7 @@ def test_helmholtz_solution_solves_helmholtz_equation(monkeypatch):
         return equations.Jet(u, first, torch.stack([-a * a * u, -b * b * u]))
 
     monkeypatch.setattr(equations, "network", exact)
+    monkeypatch.setattr(equations, "field", lambda params, points: exact(params, points).value)
     points = {name: x.to(F64) for name, x in equation.sample(1, torch.Generator().manual_seed(0)).items()}
     for name, residual in equation.residuals.items():
         assert residual({}, points[name]).abs().max() < 1e-6, name  # the sampled edge is float32
@@ -56,14 +57,9 @@ def test_the_network_knows_its_derivatives():
     params = {name: leaf + 0.1 * torch.randn_like(leaf) for name, leaf in params.items()}
     points = torch.randn(5, 3, 2, dtype=F64)
     jet = equations.network(params, points)
-    value = lambda point: equations.network(params, point).value
+    value = lambda point: equations.field(params, point)
 
-    def plain(x):
-        for i in range(equations.DEPTH):
-            x = torch.tanh(x @ params[f"{i}.weight"] + params[f"{i}.bias"])
-        return (x @ params[f"{equations.DEPTH}.weight"] + params[f"{equations.DEPTH}.bias"])[..., 0]
-
-    torch.testing.assert_close(jet.value, plain(points))
+    torch.testing.assert_close(jet.value, equations.field(params, points))
     each = lambda fn: vmap(vmap(fn))(points)
     assert jet.second.abs().min() > 0
     torch.testing.assert_close(jet.first, each(grad(value)).movedim(-1, 0))
@@ -94,7 +90,7 @@ def test_every_method_gets_the_same_start_and_points():
         for method in pinn.methods(equation)
         if method.name != pinn.STATIC
     ]
-    assert len(runs) == 4
+    assert len(runs) == 5
     for run in runs:
         torch.testing.assert_close(run.fields, runs[0].fields)
         assert (run.fields[0] - run.fields[1]).abs().max() > 0.1
@@ -108,11 +104,11 @@ def test_the_command_prints_tables_and_saves_a_figure(tmp_path, capsys):
     assert main(arguments) == 0
     out, err = capsys.readouterr()
     rows = {line.split("|")[1].strip(): line for line in out.splitlines() if line.startswith("|")}
-    for name in (pinn.EQUAL, pinn.STATIC, pinn.GRADNORM, pinn.AVERAGE, pinn.NORMS, pinn.KERNELS):
+    for name in (pinn.EQUAL, pinn.STATIC, pinn.GRADNORM, pinn.SCALED, pinn.AVERAGE, pinn.NORMS, pinn.KERNELS):
         assert re.search(r"\d\.\d\d ± \d+\.\d\d", rows[name])
-    assert out.count("best of 3") == 2
+    assert out.count("best of 3") == 3
     assert "Helmholtz: the smallest mean error is that of" in out
-    assert "run 8/8" in err
+    assert "run 10/10" in err
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
@@ -122,12 +118,12 @@ def test_the_table_follows_the_numbers():
             name, "", 0, pinn.Run([1], torch.tensor([errors]), torch.ones(1, 2, 2), torch.zeros(2, 1, 1))
         )
 
-    found = [result(pinn.EQUAL, [0.1, 0.4]), result(pinn.GRADNORM, [0.2, 0.2])]
+    found = [result(pinn.EQUAL, [0.1, 0.4]), result(pinn.SCALED, [0.2, 0.2])]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in pinn.table("X", found).splitlines()]
     assert rows[0][0] == "X"
     assert rows[2] == [pinn.EQUAL, "25.00 ± 21.21", "1.00", "10.0, 40.0"]
-    assert rows[3] == [pinn.GRADNORM, "20.00 ± 0.00", "1.00", "20.0, 20.0"]
-    assert "the smallest mean error is that of GradNorm" in pinn.verdict("X", found)
+    assert rows[3] == [pinn.SCALED, "20.00 ± 0.00", "1.00", "20.0, 20.0"]
+    assert "the smallest mean error is that of GradNorm, L(0) given" in pinn.verdict("X", found)
     assert "nearer than equal weights on 1." in pinn.verdict("X", found)
 
 

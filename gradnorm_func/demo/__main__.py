@@ -21,7 +21,7 @@ Loss balancing at work, on a laptop's CPU, in about a minute.
   toy      the toy of the GradNorm paper: GradNorm against equal and uncertainty weighting
   gradinit deep networks that default initialisation cannot train, rescaled by GradInit (minutes)
   rotograd the toys of the RotoGrad paper with and without rotations, and RotoGrad on the digits
-  pinn     Burgers' and Helmholtz' equations solved by networks, under six ways to weight their losses (minutes)
+  pinn     Burgers' and Helmholtz' equations solved by networks, under seven ways to weight their losses (minutes)
 """
 
 

@@ -18,7 +18,7 @@ import gradnorm_func as gn
 
 WIDTH, DEPTH = 32, 4
 VISCOSITY = 0.01 / math.pi
-WAVES = (1, 4)  # of the solution of Helmholtz' equation, along x and y
+WAVES = (1, 2)  # of the solution of Helmholtz' equation, along x and y
 POINTS, EDGE_POINTS = 256, 64  # of a batch: inside, and on each part of the edge
 
 Params = dict[str, Tensor]
@@ -42,6 +42,7 @@ class Equation(NamedTuple):
     grid: Tensor  # (rows, columns, 2) where it is compared with the solution
     solution: Tensor  # (rows, columns)
     axes: tuple[str, str]
+    scales: dict[str, float]  # each loss where nothing is learned, by the sizes of its terms
 
     def loss_fn(self) -> Any:
         """The mean squares, as losses that share nothing but the parameters."""
@@ -53,7 +54,7 @@ class Equation(NamedTuple):
 
     def error(self, params: Params) -> Tensor:
         """Relative L2 error on the grid."""
-        found = network(params, self.grid).value
+        found = field(params, self.grid)
         error: Tensor = torch.linalg.vector_norm(found - self.solution) / torch.linalg.vector_norm(self.solution)
         return error
 
@@ -85,13 +86,21 @@ def network(params: Params, points: Tensor) -> Jet:
     return Jet(value[..., 0], first[..., 0], second[..., 0])
 
 
+def field(params: Params, points: Tensor) -> Tensor:
+    """The MLP alone."""
+    for i in range(DEPTH):
+        points = torch.tanh(points @ params[f"{i}.weight"] + params[f"{i}.bias"])
+    out: Tensor = (points @ params[f"{DEPTH}.weight"] + params[f"{DEPTH}.bias"])[..., 0]
+    return out
+
+
 def uniform(seeds: int, count: int, low: tuple[float, float], high: tuple[float, float], draw: Any) -> Tensor:
     """(seeds, count, 2) points in a box."""
     lowest, highest = torch.tensor(low), torch.tensor(high)
     return lowest + (highest - lowest) * torch.rand(seeds, count, 2, generator=draw)
 
 
-def burgers_solution(t: Tensor, x: Tensor, *, nodes: int = 200) -> Tensor:
+def burgers_solution(t: Tensor, x: Tensor, *, viscosity: float = VISCOSITY, nodes: int = 200) -> Tensor:
     r"""Burgers' equation solved by Hopf and Cole for u(0, x) = -sin πx, in float64.
 
     .. math:: u = -\frac{\int \sin \pi(x-\eta) f(x-\eta) e^{-\eta^2/4\nu t} d\eta}
@@ -102,6 +111,7 @@ def burgers_solution(t: Tensor, x: Tensor, *, nodes: int = 200) -> Tensor:
 
     Args:
         t, x: broadcastable, t >= 0.
+        viscosity: ν.
         nodes: of the quadrature.
 
     Returns:
@@ -117,9 +127,9 @@ def burgers_solution(t: Tensor, x: Tensor, *, nodes: int = 200) -> Tensor:
 
     at, weights = (torch.from_numpy(array) for array in hermgauss(nodes))
     t, x = t.double().unsqueeze(-1), x.double().unsqueeze(-1)
-    y = x - 2 * (VISCOSITY * t).sqrt() * at
+    y = x - 2 * (viscosity * t).sqrt() * at
     # softmax: f spans e^100, and the quotient does not mind a factor.
-    share = torch.softmax(weights.log() - torch.cos(math.pi * y) / (2 * math.pi * VISCOSITY), -1)
+    share = torch.softmax(weights.log() - torch.cos(math.pi * y) / (2 * math.pi * viscosity), -1)
     u: Tensor = -(share * torch.sin(math.pi * y)).sum(-1)
     return u
 
@@ -146,11 +156,12 @@ def burgers() -> Equation:
         "initial": lambda params, points: network(params, points).value + torch.sin(math.pi * points[..., 1]),
     }
     grid = torch.stack([t, x], -1)
-    return Equation("Burgers", residuals, sample, grid, burgers_solution(t, x).float(), ("t", "x"))
+    scales = dict.fromkeys(residuals, 1.0)
+    return Equation("Burgers", residuals, sample, grid, burgers_solution(t, x).float(), ("t", "x"), scales)
 
 
 def helmholtz() -> Equation:
-    """u_xx + u_yy + u = f with u = sin(πx) sin(4πy) the solution, and 0 on the edge of the square."""
+    """u_xx + u_yy + u = f with u = sin(πx) sin(2πy) the solution, and 0 on the edge of the square."""
     a, b = (math.pi * waves for waves in WAVES)
 
     def exact(points: Tensor) -> Tensor:
@@ -175,7 +186,8 @@ def helmholtz() -> Equation:
         "equation": equation,
         "boundary": lambda params, points: network(params, points).value,
     }
-    return Equation("Helmholtz", residuals, sample, grid, exact(grid.double()).float(), ("x", "y"))
+    scales = {"equation": (1 - a * a - b * b) ** 2 / 4, "boundary": 0.25}
+    return Equation("Helmholtz", residuals, sample, grid, exact(grid.double()).float(), ("x", "y"), scales)
 
 
 EQUATIONS = {"burgers": burgers, "helmholtz": helmholtz}

@@ -24,10 +24,11 @@ from gradnorm_func.demo.progress import Progress
 LEARNING_RATE, DECAY = 3e-3, 0.01  # Adam's, falling exponentially to DECAY times that
 EVERY = 100  # steps between updates of jaxpi's rules, whose 1000 would leave four of them in a run
 EVALUATIONS = 25
-ALPHAS = (0.0, 0.5, 1.5)
 FACTORS = (1.0, 10.0, 100.0)  # of the losses on the edges; the equation's weight is 1
-EQUAL, STATIC, GRADNORM, AVERAGE = "equal weights", "tuned static", "GradNorm", "GradNorm static"
+EQUAL, STATIC, AVERAGE = "equal weights", "tuned static", "GradNorm static"
+GRADNORM, SCALED = "GradNorm", "GradNorm, L(0) given"
 NORMS, KERNELS = "equal norms", "NTK"
+ALPHAS = {GRADNORM: (0.0, 0.5, 1.5), SCALED: (0.5, 1.0, 2.0)}
 
 
 class Method(NamedTuple):
@@ -42,8 +43,12 @@ class Method(NamedTuple):
 
     def setting(self, value: float) -> str:
         """The hyperparameter in words."""
-        words = {STATIC: f"{value:g} on the edges, 1 on the equation", GRADNORM: f"alpha = {value:g}, in log space"}
+        words = {
+            STATIC: f"{value:g} on the edges, 1 on the equation",
+            SCALED: f"alpha = {value:g}, L(0) from the sizes of the terms",
+        }
         jaxpi = f"momentum 0.9, every {EVERY} steps"
+        words[GRADNORM] = f"alpha = {value:g}, L(0) from the first batch"
         rest = {EQUAL: "w = 1", AVERAGE: "the time average of GradNorm's run of that seed", NORMS: jaxpi}
         return (words | rest | {KERNELS: jaxpi})[self.name]
 
@@ -71,12 +76,14 @@ def methods(equation: equations.Equation) -> list[Method]:
     tasks = sorted(equation.residuals)
     edges = torch.tensor([float(task != "equation") for task in tasks])
     fixed = lambda hyper: gn.static()
+    gradnorm = lambda alpha: gn.gradnorm(alpha=alpha, log_space=True)
     size = len(tasks)
     return [
         Method(EQUAL, "static", fixed, lambda hyper: gn.StaticState(torch.ones(size)), (0.0,)),
         Method(STATIC, "static", fixed, lambda hyper: gn.StaticState(1 + edges * (hyper - 1)), FACTORS),
-        Method(GRADNORM, "gradnorm", lambda alpha: gn.gradnorm(alpha=alpha, log_space=True),
-               lambda hyper: gn.init_state(size), ALPHAS),
+        Method(GRADNORM, "gradnorm", gradnorm, lambda hyper: gn.init_state(size), ALPHAS[GRADNORM]),
+        Method(SCALED, "gradnorm", gradnorm, lambda hyper: gn.init_state(size, initial_losses=equation.scales),
+               ALPHAS[SCALED]),
         Method(NORMS, "norms", lambda hyper: gn.equal_norms(every=EVERY),
                lambda hyper: gn.equal_norms().init(size), (0.0,)),
         Method(KERNELS, "ntk", lambda hyper: gn.ntk(equation.residuals),
@@ -125,7 +132,7 @@ def train(
             at.append(t + 1)
             errors.append(evaluate(params))
             weights.append(w)
-    fields = vmap(lambda params: equations.network(params, equation.grid).value)(params)
+    fields = vmap(lambda params: equations.field(params, equation.grid))(params)
     return Run(at, torch.stack(errors), torch.stack(weights), fields)
 
 
@@ -154,7 +161,7 @@ def compare_methods(
             value, tried = method.candidates[int(final.argmin())], len(final)
         found = run(method, torch.full((len(seeds),), value), seeds, "all seeds")
         results.append(Result(method.name, method.setting(value), tried, found))
-        if method.name == GRADNORM:
+        if method.name == SCALED:
             average = Method(AVERAGE, "static", lambda hyper: gn.static(), gn.StaticState, (0.0,))
             found = run(average, found.weights.mean(0), seeds, "all seeds")
             results.append(Result(AVERAGE, average.setting(0.0), 0, found))
@@ -186,10 +193,10 @@ def verdict(name: str, results: list[Result]) -> str:
     """Who came closest, and GradNorm against the rest seed by seed; from the numbers, whatever they are."""
     finals = {result.name: result.run.errors[-1] for result in results}
     best = min(finals, key=lambda key: float(finals[key].mean().nan_to_num(math.inf)))
-    own = finals[GRADNORM]
-    duels = [f"{other} on {int((own < error).sum())}" for other, error in finals.items() if other != GRADNORM]
+    own = finals[SCALED]
+    duels = [f"{other} on {int((own < error).sum())}" for other, error in finals.items() if other != SCALED]
     return (
-        f"{name}: the smallest mean error is that of {best}. Of {len(own)} seeds GradNorm is nearer than "
+        f"{name}: the smallest mean error is that of {best}. Of {len(own)} seeds {SCALED}, is nearer than "
         + ", ".join(duels)
         + "."
     )
@@ -200,7 +207,7 @@ def add_arguments(parser: argparse.ArgumentParser, figure_path: Callable[[str], 
     choices = [*equations.EQUATIONS, "both"]
     parser.add_argument("--equation", choices=choices, default="both", help="which to solve (default: both)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs per method (default: 3)")
-    parser.add_argument("--steps", type=int, default=4000, help="training steps a run (default: 4000)")
+    parser.add_argument("--steps", type=int, default=6000, help="training steps a run (default: 6000)")
     parser.add_argument("--no-search", action="store_true", help="the middle candidate of every search, unsearched")
     parser.add_argument("--eager", action="store_true", help="do not compile the step: slower, but starts at once")
     parser.add_argument("--quick", action="store_true", help="one seed, 300 steps, eager, no search: a look")
@@ -224,8 +231,8 @@ def run(args: argparse.Namespace) -> None:
         f"{LEARNING_RATE:g} to {LEARNING_RATE * DECAY:g}; same start and points for every method.",
         flush=True,
     )
-    searches = 0 if args.no_search else 2
-    progress = Progress((6 + searches) * len(chosen), args.steps)
+    searches = 0 if args.no_search else 3
+    progress = Progress((7 + searches) * len(chosen), args.steps)
     results = {}
     try:
         for name in chosen:
@@ -235,7 +242,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"\n{equation.name}: on how many runs each setting was chosen (seed {args.seeds}, not used below)")
             for result in found:
                 how = f"best of {result.tried}" if result.tried else "no search"
-                print(f"  {result.name:16} {result.setting} ({how})")
+                print(f"  {result.name:20} {result.setting} ({how})")
             print(f"\n{table(equation.name, found)}\n\n{verdict(equation.name, found)}", flush=True)
     finally:
         progress.close()
@@ -244,7 +251,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def figure(out: str, results: dict[str, list[Result]]) -> None:
-    """A row an equation: the solution, the error of every method over training, and two methods' weights."""
+    """A row an equation: the solution, the error of every method over training, and three methods' weights."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -275,7 +282,7 @@ def figure(out: str, results: dict[str, list[Result]]) -> None:
             row[1].yaxis.set_minor_formatter("{x:g}")
             tasks = sorted(equation.residuals)
             edges = [i for i, task in enumerate(tasks) if task != "equation"]
-            for result, dash in ((r, d) for n, d in ((GRADNORM, "-"), (NORMS, DASHES[1]), (KERNELS, DASHES[2]))
+            for result, dash in ((r, d) for n, d in ((SCALED, "-"), (NORMS, DASHES[1]), (KERNELS, DASHES[2]))
                                  for r in found if r.name == n):  # fmt: skip
                 w = result.run.weights[:, 0]
                 for i in edges:
