@@ -113,8 +113,8 @@ def draw(generator):
 # One loop for any balancer. For GradNorm:
 #
 # - `log_space=True` lets weights span decades, and a small learning rate lets them move slowly;
-# - `alpha` is how much a slow loss may catch up. 0 makes all gradients equally long, and then a PINN can stand still
-#   where they cancel, at the trivial solution;
+# - `alpha` is how much a slow loss may catch up. 0 makes all gradients equally long, which on this equation ended near
+#   the trivial solution, u = 0;
 # - **give L(0)**. GradNorm asks how far each loss has come since L(0). A fresh network is nearly constant, and a
 #   constant solves this equation: the first batch's L(0) of the equation is next to nothing, the loss only grows from
 #   there, and GradNorm would pour weight on it. Take L(0) from the sizes of the terms instead, 1 here. Both are below.

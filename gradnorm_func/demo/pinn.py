@@ -254,6 +254,7 @@ def figure(out: str, results: dict[str, list[Result]]) -> None:
     """A row an equation: the solution, the error of every method over training, and three methods' weights."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     from gradnorm_func.demo.figure import COLOURS, DASHES, STYLE
 
@@ -279,7 +280,8 @@ def figure(out: str, results: dict[str, list[Result]]) -> None:
             row[1].set(title="relative L2 error, % (line: mean; dots: each seed at the end)", yscale="log",
                        xlabel="training step")  # fmt: skip
             row[1].yaxis.set_major_formatter("{x:g}")
-            row[1].yaxis.set_minor_formatter("{x:g}")
+            row[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            row[1].minorticks_off()
             tasks = sorted(equation.residuals)
             edges = [i for i, task in enumerate(tasks) if task != "equation"]
             for result, dash in ((r, d) for n, d in ((SCALED, "-"), (NORMS, DASHES[1]), (KERNELS, DASHES[2]))
