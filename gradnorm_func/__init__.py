@@ -29,7 +29,6 @@ from gradnorm_func._optim import Optimizer, adam, sgd
 from gradnorm_func._rescale_adam import rescale_adam
 from gradnorm_func._rotation import random_rotations
 from gradnorm_func._rotograd import (
-    RotoGradInfo,
     rotograd,
     rotograd_accumulate,
     rotograd_balance,
@@ -37,6 +36,7 @@ from gradnorm_func._rotograd import (
     rotograd_init_state,
     rotograd_update,
 )
+from gradnorm_func._rotograd_balance import RotoGradInfo
 from gradnorm_func._rotograd_eval import fold_rotations, rotograd_task_fn
 from gradnorm_func._rotograd_measure import (
     RotoGradFactors,

@@ -124,8 +124,10 @@ def adam(
         mean = b1 * state.mean + (1 - b1) * grad
         square = b2 * state.square + (1 - b2) * grad * grad
         power = count.to(grad.dtype)
-        mean_hat = mean / (1 - b1**power)
-        square_hat = square / (1 - b2**power)
+        # Stacked, or a compiler would inline the powers and take them again for every element.
+        correct_mean, correct_square = (1 - torch.stack([b1**power, b2**power])).unbind()
+        mean_hat = mean / correct_mean
+        square_hat = square / correct_square
         step = -_rate(learning_rate, state.step) * mean_hat / (_tree.safe_sqrt(square_hat) + eps)
         return step, AdamState(count, mean, square)
 

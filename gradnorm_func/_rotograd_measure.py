@@ -227,6 +227,7 @@ def run(
     has_aux: bool = False,
 ) -> tuple[RotoGradStats, Any]:
     """One pass through the seam engine."""
+    check_state(state)
     loss = _with_seam(loss_fn, params, state, has_aux)
     _tree.check_params(params)
     layout, dtype = hyper.layout, state.weights.dtype
