@@ -116,8 +116,8 @@ def full_precision(like: Tensor) -> AbstractContextManager[Any]:
 def fresh_casts(engine: Callable[P, Measured]) -> Callable[P, Measured]:
     """The engine, with nothing left of the casts of parameters that autocast remembers.
 
-    It remembers them until the user's autocast ends: of every pass anew, since torch.func wraps the parameters, and,
-    of parameters that this pass does not differentiate, without the graph that a later forward pass would need.
+    It remembers them until the user's autocast ends, and torch.func wraps the parameters anew in every pass: under an
+    autocast around a whole training loop, memory would grow by a copy of the parameters with every step.
     """
 
     @wraps(engine)
