@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradnorm_func import _tree
+from gradnorm_func._engine import full_precision
 from gradnorm_func._loss import LossFn
 from gradnorm_func._measure import as_tree, run_engine
 from gradnorm_func._tree import Where
@@ -123,7 +124,8 @@ def task_gramian(
     gram: Tensor | None = None
     for leaf in measured.task_grads:
         rows = leaf.reshape(leaf.shape[0], -1).to(torch.promote_types(leaf.dtype, torch.float32))
-        gram = rows @ rows.mT if gram is None else gram + rows @ rows.mT
+        with full_precision(rows):
+            gram = rows @ rows.mT if gram is None else gram + rows @ rows.mT
     assert gram is not None
     return gram
 

@@ -294,6 +294,7 @@ def gradnorm_grad(
     has_aux: bool = False,
     vectorize: bool = True,
     chunk_size: int | None = None,
+    loss_scale: float | Tensor | None = None,
     **hyper: Any,
 ) -> Any:
     r"""What a training step needs, from one pass: the gradient of :math:`\sum_i w_i L_i`, and the new weights.
@@ -302,7 +303,8 @@ def gradnorm_grad(
 
     Args:
         state: from `init_state`.
-        params, loss_fn, batch, where, has_aux, vectorize, chunk_size: as in `measure`.
+        params, loss_fn, batch, where, has_aux, vectorize, chunk_size, loss_scale: as in `measure`. With a `loss_scale`
+            the gradients come back multiplied by it, and a step in which any of them is not finite changes nothing.
         alpha, optimizer, mask, update: as in `balance`; so are the remaining keywords, `norm_ratios`, `log_space`,
             `floor`, `burn_in`, `initial_decay`. `update=False` costs what a plain step costs.
 
@@ -326,7 +328,7 @@ def gradnorm_grad(
     bound = gradnorm(alpha=alpha, where=where, optimizer=optimizer, **hyper)
     return bound.grad(
         state, params, loss_fn, batch,
-        mask=mask, update=update, has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size,
+        mask=mask, update=update, has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size, loss_scale=loss_scale,
     )  # fmt: skip
 
 
@@ -344,6 +346,7 @@ def gradnorm_update(
     has_aux: bool = False,
     vectorize: bool = True,
     chunk_size: int | None = None,
+    loss_scale: float | Tensor | None = None,
     **hyper: Any,
 ) -> Any:
     r"""The new weight state alone, for those who take the gradient of :math:`\sum_i w_i L_i` themselves.
@@ -367,7 +370,7 @@ def gradnorm_update(
     bound = gradnorm(alpha=alpha, where=where, optimizer=optimizer, **hyper)
     return bound.update(
         state, params, loss_fn, batch,
-        mask=mask, update=update, has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size,
+        mask=mask, update=update, has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size, loss_scale=loss_scale,
     )  # fmt: skip
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradnorm_func import _tree
-from gradnorm_func._engine import Measured, Plan, Weights
+from gradnorm_func._engine import Measured, Plan, Weights, wide
 from gradnorm_func._general import general
 from gradnorm_func._loss import LossFn, MultiTaskLoss, StackedHeads
 from gradnorm_func._seam import seam
@@ -30,6 +31,7 @@ def measure(
     has_aux: bool = False,
     vectorize: bool = True,
     chunk_size: int | None = None,
+    loss_scale: float | Tensor | None = None,
 ) -> Any:
     r"""One pass: the T losses, what a balancer needs of each task's gradient at W, and :math:`\nabla \sum_i w_i L_i`.
 
@@ -50,9 +52,13 @@ def measure(
         has_aux: then `loss_fn` returns (losses, aux), and so does this function: (stats, aux).
         vectorize: False pulls back task by task in a loop, for operations without a batching rule.
         chunk_size: at most that many tasks at a time in the vectorised pass, to bound memory.
+        loss_scale: multiplies the losses before the backward pass, so that gradients in float16 do not underflow: a
+            positive number or a 0-d tensor, of which no value is asked. Norms and task gradients come without it, in
+            float32; `grads` still carries it, as what `scaler.scale(loss).backward()` leaves behind does: leave it to
+            `torch.amp.GradScaler`, or divide by it.
 
     Returns:
-        TaskStats, or (TaskStats, aux).
+        TaskStats, or (TaskStats, aux). Losses and norms are at least float32, `grads` are as the parameters are.
 
     Raises:
         ValueError: for a path that matches nothing, parameters that are not floating point, losses that are not
@@ -77,6 +83,7 @@ def measure(
         has_aux=has_aux,
         vectorize=vectorize,
         chunk_size=chunk_size,
+        loss_scale=loss_scale,
     )
     at_z = isinstance(measured.example_norms, Tensor)
     stats = TaskStats(
@@ -102,9 +109,10 @@ def run_engine(
     has_aux: bool = False,
     vectorize: bool = True,
     chunk_size: int | None = None,
+    loss_scale: float | Tensor | None = None,
     force_general: bool = False,
 ) -> Measured:
-    """The engine that fits `loss_fn`, run once."""
+    """The engine that fits `loss_fn`, run once. Only `grads` still carry the loss scale."""
     if not callable(loss_fn):
         raise ValueError(
             f"loss_fn={type(loss_fn).__name__} must be a function (params, batch) -> losses; "
@@ -112,21 +120,40 @@ def run_engine(
         )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1, or None for all tasks at once")
+    if loss_scale is not None and (
+        loss_scale.ndim != 0 if isinstance(loss_scale, Tensor) else not 0 < loss_scale < float("inf")
+    ):
+        raise ValueError(f"loss_scale={loss_scale} must be a positive number or a 0-d tensor; 2.0**16 is a usual start")
     _tree.check_params(params)
     at = None if where is None else _tree.select(params, where)
-    plan = Plan(weights, at, norms, task_grads, has_aux, vectorize, chunk_size)
+    plan = Plan(weights, at, norms, task_grads, has_aux, vectorize, chunk_size, loss_scale=loss_scale)
+    if callable(weights):
+        choose = weights
+
+        def choose_unscaled(losses: Tensor, *norms: Any) -> Tensor:
+            return choose(losses.to(wide(losses)), *_tree.tree_map(plan.unscaled, norms))
+
+        plan = plan._replace(weights=choose_unscaled)
+    measured = _engine(loss_fn, params, plan, force_general)(loss_fn, params, batch, plan)
+    norms_and_grads = (measured.grad_norms, measured.example_norms, measured.task_grads)
+    unscaled = _tree.tree_map(plan.unscaled, norms_and_grads)
+    vector = measured.vector.to(wide(measured.vector))
+    return measured._replace(vector=vector, grad_norms=unscaled[0], example_norms=unscaled[1], task_grads=unscaled[2])
+
+
+def _engine(loss_fn: LossFn, params: Any, plan: Plan, force_general: bool) -> Callable[..., Measured]:
     if not isinstance(loss_fn, MultiTaskLoss):
-        return general(loss_fn, params, batch, plan)
-    if has_aux != loss_fn.has_aux:
+        return general
+    if plan.has_aux != loss_fn.has_aux:
         raise ValueError(
-            f"has_aux={has_aux}, but multi_task_loss was made with has_aux={loss_fn.has_aux}: give both the same"
+            f"has_aux={plan.has_aux}, but multi_task_loss was made with has_aux={loss_fn.has_aux}: give both the same"
         )
     if loss_fn.backbone is None:
-        return (general if force_general else separable)(loss_fn, params, batch, plan)
+        return general if force_general else separable
     inside_stack = isinstance(loss_fn.heads, StackedHeads) and bool(
-        set(at or ()) & set(_tree.select(params, loss_fn.heads.path))
+        set(plan.at or ()) & set(_tree.select(params, loss_fn.heads.path))
     )
-    return (general if force_general or inside_stack else seam)(loss_fn, params, batch, plan)
+    return general if force_general or inside_stack else seam
 
 
 def as_tree(measured: Measured, params: Any, where: Where) -> Any:

@@ -73,6 +73,7 @@ def balancer(
     def grad(
         state: Any, params: Any, loss_fn: LossFn, batch: Any, *, mask: Any = None, update: bool | Tensor = True,
         has_aux: bool = False, vectorize: bool = True, chunk_size: int | None = None,
+        loss_scale: float | Tensor | None = None,
     ) -> Any:  # fmt: skip
         _check_order(state)
         present = mask_vector(mask, state.weights)
@@ -86,26 +87,29 @@ def balancer(
         wanted = norms and update is not False
         out = measure(
             params, loss_fn, batch, weights=weights_now if same_step and wanted else weights, where=where, norms=wanted,
-            norms_only=True, has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size,
+            norms_only=True, has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size, loss_scale=loss_scale,
         )  # fmt: skip
         stats, aux = out if has_aux else (out, ())
         new, info = balance(state, stats._replace(grads=()), mask=mask, update=update)
-        if present is not None and hasattr(info, "finite"):
-            # An absent loss may be NaN, but then 0 * NaN may have got into the gradients.
+        if present is not None or loss_scale is not None:
+            # An absent loss may be NaN, but then 0 * NaN may have got into the gradients; and float16 may overflow in
+            # the backbone alone, where no norm shows it.
             sound = torch.stack([leaf.isfinite().all() for leaf in flatten(stats.grads)[0]]).all()
-            new, info = choose(sound, new, state), info._replace(finite=info.finite & sound)
+            new = choose(sound, new, state)
+            info = info._replace(finite=info.finite & sound) if hasattr(info, "finite") else info
         return (stats.grads, new, info, aux) if has_aux else (stats.grads, new, info)
 
     def update(
         state: Any, params: Any, loss_fn: LossFn, batch: Any, *, mask: Any = None, update: bool | Tensor = True,
         has_aux: bool = False, vectorize: bool = True, chunk_size: int | None = None,
+        loss_scale: float | Tensor | None = None,
     ) -> Any:  # fmt: skip
         _check_order(state)
         if update is False and not has_aux:
             return state
         out = measure(
             params, loss_fn, batch, where=where, norms=norms and update is not False, norms_only=True,
-            has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size,
+            has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size, loss_scale=loss_scale,
         )  # fmt: skip
         stats, aux = out if has_aux else (out, ())
         state, _ = balance(state, stats, mask=mask, update=update)
