@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from gradnorm_func._general import general
 from gradnorm_func._loss import LossFn, MultiTaskLoss, StackedHeads
 from gradnorm_func._seam import seam
 from gradnorm_func._separable import separable
+from gradnorm_func._sharded import run_sharded, sharded
 from gradnorm_func._stats import TaskStats
 from gradnorm_func._tree import Where
 
@@ -56,7 +58,8 @@ def measure(
 
     Raises:
         ValueError: for a path that matches nothing, parameters that are not floating point, losses that are not
-            scalars, or an aux that does not come.
+            scalars, or an aux that does not come; for parameters that an FSDP2 module shards, which torch.func cannot
+            differentiate (`fork` and `measure_losses` are for those).
 
     Example:
         >>> import torch, gradnorm_func as gn
@@ -115,18 +118,25 @@ def run_engine(
     _tree.check_params(params)
     at = None if where is None else _tree.select(params, where)
     plan = Plan(weights, at, norms, task_grads, has_aux, vectorize, chunk_size)
+    engine = _engine_for(loss_fn, params, plan, force_general)
+    if sharded(_tree.flatten(params)[0]):
+        return run_sharded(engine, loss_fn, params, batch, plan)
+    return engine(loss_fn, params, batch, plan)
+
+
+def _engine_for(loss_fn: LossFn, params: Any, plan: Plan, force_general: bool) -> Callable[..., Measured]:
     if not isinstance(loss_fn, MultiTaskLoss):
-        return general(loss_fn, params, batch, plan)
-    if has_aux != loss_fn.has_aux:
+        return general
+    if plan.has_aux != loss_fn.has_aux:
         raise ValueError(
-            f"has_aux={has_aux}, but multi_task_loss was made with has_aux={loss_fn.has_aux}: give both the same"
+            f"has_aux={plan.has_aux}, but multi_task_loss was made with has_aux={loss_fn.has_aux}: give both the same"
         )
     if loss_fn.backbone is None:
-        return (general if force_general else separable)(loss_fn, params, batch, plan)
+        return general if force_general else separable
     inside_stack = isinstance(loss_fn.heads, StackedHeads) and bool(
-        set(at or ()) & set(_tree.select(params, loss_fn.heads.path))
+        set(plan.at or ()) & set(_tree.select(params, loss_fn.heads.path))
     )
-    return (general if force_general or inside_stack else seam)(loss_fn, params, batch, plan)
+    return general if force_general or inside_stack else seam
 
 
 def as_tree(measured: Measured, params: Any, where: Where) -> Any:
