@@ -24,7 +24,7 @@ from gradnorm_func._engine import row_norms
 from gradnorm_func._loss import LossFn, MultiTaskLoss, task_names, task_vector, wrong_count
 from gradnorm_func._measure import measure
 from gradnorm_func._seam import _norms_at_z, _unweighted
-from gradnorm_func._sharded import whole
+from gradnorm_func._sharded import sharded, whole
 from gradnorm_func._stats import TaskStats
 from gradnorm_func._tree import Where
 
@@ -53,6 +53,7 @@ def fork(z: Any, tasks: int | Mapping[str, Any] | Sequence[Any]) -> Any:
 
     The values are those of z, and so are all gradients: a model forked inside or outside of its DDP or FSDP2 wrapper
     trains as before. The copies are views; to write to one in place (`ReLU(inplace=True)` first in a head) is an error.
+    Inside a compiled model the graph breaks here: fork between compiled parts.
 
     Args:
         z: what the tasks share: a tensor, or a pytree of tensors.
@@ -77,8 +78,8 @@ def fork(z: Any, tasks: int | Mapping[str, Any] | Sequence[Any]) -> Any:
         raise ValueError(f"tasks={tasks!r} makes {count} copies; balancing needs at least two tasks")
     leaves, treedef = _tree.flatten(z)
     by_leaf = [_Fork.apply(leaf, count) for leaf in leaves]  # type: ignore[no-untyped-call]
-    for copy in (copy for row in by_leaf for copy in row):
-        if copy.requires_grad:
+    if not _tree.inside_transform():
+        for copy in (copy for row in by_leaf for copy in row if copy.requires_grad):
             copy.retain_grad()
     copies = [_tree.unflatten(treedef, [row[i] for row in by_leaf]) for i in range(count)]
     return dict(zip(tasks, copies, strict=True)) if isinstance(tasks, Mapping) else copies
@@ -164,6 +165,8 @@ def measure_losses(
             raise ValueError("the copies have no graph: was the backbone run under no_grad, or is it frozen?")
         # One pass: a copy is read by its own task alone.
         found = list(torch.autograd.grad(vector, flat, seeds, retain_graph=True, allow_unused=True))
+        for leaf in flat:
+            leaf.grad = None  # kept from this pass too, and the backward pass of the step would add to it
         if all(grad is None for grad in found):
             raise ValueError("no loss depends on its copy of z: are the copies those that the heads were given?")
     filled = [whole(torch.zeros_like(x) if g is None else g) for x, g in zip(flat, found, strict=True)]
@@ -239,7 +242,8 @@ def measure_from(
         (lambda p, batch: (p[_Z], ())) if loss_fn.has_aux else (lambda p, batch: p[_Z]),
         loss_fn.heads, loss_fn.last_shared, loss_fn.has_aux,
     )  # fmt: skip
-    given.ownership = loss_fn.ownership  # a memo by structure of params, which _Z makes another one
+    if not torch.compiler.is_compiling():  # which neither needs nor traces it
+        given.ownership = loss_fn.ownership  # a memo by structure of params, which _Z makes another one
     heads_only = (lambda path: path.split(".")[0] != _Z and where(path)) if callable(where) else where
     own = {**params, _Z: _tree.unflatten(treedef, [leaf.detach() for leaf in leaves])}
     out = measure(own, given, batch, weights=weights, where=heads_only, **keywords)
@@ -304,12 +308,14 @@ def _at_parameters(stats: TaskStats, losses: Any, where: Any, scale: Tensor) -> 
         else [None] * len(leaves)
         for loss in terms
     ]
-    for k, path in enumerate(_tree.paths(where)):
-        if all(row[k] is None for row in rows):
-            raise ValueError(
-                f"no loss depends on where[{path!r}]: a parameter of an FSDP2 module is not where its graph ends, "
-                "so keep W outside of the wrapper, or take the norms at z with gn.fork"
-            )
-    columns = [[torch.zeros_like(leaf) if row[k] is None else row[k] for row in rows] for k, leaf in enumerate(leaves)]
-    filled = [torch.stack([whole(grad) / scale for grad in column]) for column in columns]
+    unread = [all(row[k] is None for row in rows) for k in range(len(leaves))]
+    if all(unread) or any(unread[k] for k in sharded(leaves)):
+        raise ValueError(
+            f"no loss depends on where[{_tree.paths(where)[unread.index(True)]!r}]: if that is a parameter of an FSDP2 "
+            "module, the graph does not end at it, so keep W outside of the wrapper, or take the norms at z (gn.fork)"
+        )
+    filled = []
+    for k, leaf in enumerate(leaves):
+        column = [torch.zeros_like(leaf) if grad is None else grad for grad in (row[k] for row in rows)]
+        filled.append(torch.stack([whole(grad) / scale for grad in column]))
     return stats._replace(grad_norms=row_norms(filled), task_grads=_tree.unflatten(treedef, filled))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -152,7 +153,7 @@ def share_out(batch: Any, rank: int, ranks: int, micro: int) -> list[Any]:
     """This rank's micro-batches; no two of one size, if it can be helped."""
     count = ranks * micro
     ends = [round(EXAMPLES * (i / count) ** 1.2) for i in range(count + 1)]
-    parts = [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    parts = [slice(a, b) for a, b in itertools.pairwise(ends)]
     return [{k: v[part] for k, v in batch.items()} for part in parts[rank * micro : (rank + 1) * micro]]
 
 
@@ -292,6 +293,10 @@ def train(config: Config, steps: int, rank: int, ranks: int, break_it: str = "")
     return History(torch.stack(weights), torch.stack(norms), grads, {name: full(p) for name, p in this.named.items()})
 
 
+def train_broken(fault: str, config: Config, steps: int, rank: int, ranks: int) -> History:
+    return train(config, steps, rank, ranks, fault)
+
+
 def run_rank(rank: int, ranks: int, folder: str, jobs: list[tuple[Any, ...]]) -> None:
     """A process of the group: does all jobs (function, *arguments), and writes down what they return."""
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -302,3 +307,81 @@ def run_rank(rank: int, ranks: int, folder: str, jobs: list[tuple[Any, ...]]) ->
         torch.save(results, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
+
+
+def sharded(rank: int, ranks: int) -> dict[str, Any]:
+    """DTensor parameters: what torch.func can do with them, and what it says where it cannot."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.experimental import implicit_replication
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = dist.init_device_mesh("cpu", (ranks,))
+    model, batch = make_model(), make_batch(0)
+    ones = torch.ones(3, dtype=torch.float64)
+    placements = {"trunk.0.weight": Shard(0), "trunk.0.bias": Shard(0), "last.weight": Shard(1)}
+    params = {
+        name: distribute_tensor(p.detach(), mesh, [placements.get(name, Replicate())])
+        for name, p in model.named_parameters()
+    }
+    found: dict[str, Any] = {}
+    for engine in ("seam", "linear", "general"):
+        loss_fn = functional_loss(make_model(), linear=engine == "linear")
+        for where in (None, "last.weight", "trunk.0.weight"):
+            if engine == "general":
+                bare = lambda params, batch, loss_fn=loss_fn: loss_fn(params, batch)
+            for vectorize in (True, False):
+                with implicit_replication():
+                    stats = gn.measure(
+                        params, bare if engine == "general" else loss_fn, batch,
+                        weights=ones, where=where, vectorize=vectorize,
+                    )  # fmt: skip
+                plain = (*stats[:3], *([] if stats.task_grads == () else stats.task_grads.values()))\
+                    if where else stats[:3]  # fmt: skip
+                assert not any(isinstance(leaf, DTensor) for leaf in plain)
+                assert all(stats.grads[name].placements == p.placements for name, p in params.items())
+                grads = {name: grad.full_tensor() for name, grad in stats.grads.items()}
+                found[f"{engine} {where} {vectorize}"] = (stats.grad_norms, grads)
+    try:
+        gn.measure(params, functional_loss(make_model(), linear=False), batch)
+    except ValueError as error:
+        found["mixed"] = str(error)
+    module = make_model()
+    loss_fn = functional_loss(module, linear=False)
+    fully_shard(module["trunk"], mesh=mesh)
+    try:
+        gn.measure(dict(module.named_parameters()), loss_fn, batch)
+    except ValueError as error:
+        found["fsdp"] = str(error)
+    tp = make_model()
+    heads = {name: tp[name] for name in ("a", "b")}
+    trunk = parallelize_module(
+        nn.Sequential(tp["trunk"][0], nn.Tanh(), tp["last"]), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    )
+    copies = gn.fork(torch.tanh(trunk(batch["x"])), TASKS_DICT)
+    losses = losses_of(heads, copies, batch)
+    for name, place in {"z": {"copies": copies}, "W": {"where": trunk[2].weight}}.items():
+        stats = gn.measure_losses(losses, **place)
+        assert not any(isinstance(leaf, DTensor) for leaf in (*stats[:3], stats.task_grads))
+        found[f"tp {name}"] = stats.grad_norms
+    module = make_model()  # the one before did not survive torch.func
+    fully_shard(module["trunk"], mesh=mesh)
+    weight = module["trunk"][0].weight
+    losses = losses_of(heads, gn.fork(module["trunk"](batch["x"])[:, :4], TASKS_DICT), batch)
+    try:
+        gn.measure_losses(losses, where={"w": weight})
+    except ValueError as error:
+        found["where fsdp"] = str(error)
+    return found
+
+
+def sinks(rank: int, ranks: int) -> dict[str, str]:
+    """A wrapper that hands out other tensors than its module does: no norms come of them, and it is said so."""
+    found = {}
+    for option in ("find_unused_parameters", "static_graph"):
+        losses, copies = DDP(make_model(), **{option: True})(make_batch(0))
+        try:
+            found[option] = str(gn.measure_losses(losses, copies).grad_norms.tolist())
+        except ValueError as error:
+            found[option] = str(error)
+    return found
