@@ -53,7 +53,8 @@ def fork(z: Any, tasks: int | Mapping[str, Any] | Sequence[Any]) -> Any:
 
     The values are those of z, and so are all gradients: a model forked inside or outside of its DDP or FSDP2 wrapper
     trains as before. The copies are views; to write to one in place (`ReLU(inplace=True)` first in a head) is an error.
-    Inside a compiled model the graph breaks here: fork between compiled parts.
+    Inside a compiled model the graph breaks here: fork between compiled parts. A wrapper that returns other tensors
+    than its module does (DDP with find_unused_parameters or static_graph) must not be what hands the copies out.
 
     Args:
         z: what the tasks share: a tensor, or a pytree of tensors.
@@ -104,9 +105,11 @@ def measure_losses(
         state, info = balancer.balance(state, reduce(stats))              # reduce: the mean over ranks
         (share * sum(w * losses[name] for name, w in zip(gn.task_names(losses), info.weights))).backward()
 
-    DDP and FSDP2 average gradients over the R ranks: with batches of different sizes n_r, `share` is R n_r / Σ n_r,
-    otherwise 1. A balancer that keeps its weights for one step (GradNorm) can have the norms of the step's own backward
-    pass, and the heads run backwards once: give `weights`, and call this after `backward` and before `balance`.
+    DDP and FSDP2 average gradients over the R ranks: `share` is R n_r / Σ n_r, 1 for batches of one size. With
+    micro-batches n_r is the size of this one, the sum goes over them all, `merge` unites their stats, and the backward
+    passes use the weights from before. GradNorm always does, so it can have the norms of the step's own backward pass,
+    and the heads run backwards once: give `weights`, and call this after `backward` and before `balance`. Gradients
+    that were written for a step with `info.finite` False are to be dropped, not stepped on.
 
     Args:
         losses: T scalars with their graph: a (T,) tensor, or a pytree such as the dict of tasks.

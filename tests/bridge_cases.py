@@ -364,6 +364,14 @@ def sharded(rank: int, ranks: int) -> dict[str, Any]:
         stats = gn.measure_losses(losses, **place)
         assert not any(isinstance(leaf, DTensor) for leaf in (*stats[:3], stats.task_grads))
         found[f"tp {name}"] = stats.grad_norms
+    loss_fn = functional_loss(make_model(), linear=False)
+    live = {name: p.requires_grad_() for name, p in params.items()}
+    with implicit_replication():  # everything a DTensor, the losses too
+        copies = gn.fork(loss_fn.backbone(live, batch), TASKS_DICT)
+        losses = {name: head(live, copies[name], batch) for name, head in loss_fn.heads.items()}
+        assert all(isinstance(loss, DTensor) for loss in losses.values())
+        found["tp all z"] = gn.measure_losses(losses, copies).grad_norms
+        found["tp all W"] = gn.measure_losses(losses, where=live["last.weight"]).grad_norms
     module = make_model()  # the one before did not survive torch.func
     fully_shard(module["trunk"], mesh=mesh)
     weight = module["trunk"][0].weight
