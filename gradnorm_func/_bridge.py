@@ -236,7 +236,7 @@ def measure_from(
         raise ValueError("measure_from needs a loss with a seam: gn.multi_task_loss(backbone, heads), with a backbone")
     if not isinstance(params, Mapping):
         raise ValueError(f"params={type(params).__name__} must be a dict of what the heads read, by path")
-    leaves, treedef = _tree.flatten(z)
+    leaves = _tree.flatten(z)[0]
     if not torch.compiler.is_compiling() and _tree.inside_transform():
         raise ValueError("z is inside a torch.func transform, where backward() does not work: use gn.measure")
     if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
@@ -248,8 +248,7 @@ def measure_from(
     if not torch.compiler.is_compiling():  # which neither needs nor traces it
         given.ownership = loss_fn.ownership  # a memo by structure of params, which _Z makes another one
     heads_only = (lambda path: path.split(".")[0] != _Z and where(path)) if callable(where) else where
-    own = {**params, _Z: _tree.unflatten(treedef, [leaf.detach() for leaf in leaves])}
-    out = measure(own, given, batch, weights=weights, where=heads_only, **keywords)
+    out = measure({**params, _Z: z}, given, batch, weights=weights, where=heads_only, **keywords)
     stats, aux = out if loss_fn.has_aux else (out, ())
     cotangent: Any = ()
     if weights is not None:
