@@ -370,7 +370,9 @@ def sharded(rank: int, ranks: int) -> dict[str, Any]:
         copies = gn.fork(loss_fn.backbone(live, batch), TASKS_DICT)
         losses = {name: head(live, copies[name], batch) for name, head in loss_fn.heads.items()}
         assert all(isinstance(loss, DTensor) for loss in losses.values())
-        found["tp all z"] = gn.measure_losses(losses, copies).grad_norms
+        stats = gn.measure_losses(losses, copies)
+        assert not any(isinstance(leaf, DTensor) for leaf in stats[:3])
+        found["tp all z"] = stats.grad_norms
         found["tp all W"] = gn.measure_losses(losses, where=live["last.weight"]).grad_norms
     module = make_model()  # the one before did not survive torch.func
     fully_shard(module["trunk"], mesh=mesh)
