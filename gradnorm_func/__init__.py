@@ -1,6 +1,7 @@
 """Loss balancing as pure functions on torch.func: GradNorm and its kin. Start at `gradnorm_grad`."""
 
 from gradnorm_func._analysis import task_cosine_similarity, task_grad_norms, task_grads, task_gramian
+from gradnorm_func._bridge import backward_from, fork, measure_from, measure_losses
 from gradnorm_func._check import check_seam
 from gradnorm_func._fixed_ratio import FixedRatioInfo, FixedRatioState, fixed_ratio
 from gradnorm_func._gradinit import (
@@ -70,6 +71,7 @@ __all__ = [
     "StaticState",
     "TaskStats",
     "adam",
+    "backward_from",
     "balance",
     "balancer",
     "check_finite",
@@ -77,6 +79,7 @@ __all__ = [
     "export",
     "fixed_ratio",
     "fold_rotations",
+    "fork",
     "functional",
     "gradinit",
     "gradinit_apply",
@@ -92,6 +95,8 @@ __all__ = [
     "log_dict",
     "mask_vector",
     "measure",
+    "measure_from",
+    "measure_losses",
     "merge",
     "multi_task_loss",
     "random_rotations",

@@ -14,6 +14,7 @@ from gradnorm_func._general import general
 from gradnorm_func._loss import LossFn, MultiTaskLoss, StackedHeads
 from gradnorm_func._seam import seam
 from gradnorm_func._separable import separable
+from gradnorm_func._sharded import run_sharded, sharded
 from gradnorm_func._stats import TaskStats
 from gradnorm_func._tree import Where
 
@@ -62,7 +63,8 @@ def measure(
 
     Raises:
         ValueError: for a path that matches nothing, parameters that are not floating point, losses that are not
-            scalars, or an aux that does not come.
+            scalars, or an aux that does not come; for parameters that an FSDP2 module shards, which torch.func cannot
+            differentiate (`fork` and `measure_losses` are for those).
 
     Example:
         >>> import torch, gradnorm_func as gn
@@ -134,14 +136,18 @@ def run_engine(
             return choose(losses.to(wide(losses)), *_tree.tree_map(plan.unscaled, norms))
 
         plan = plan._replace(weights=choose_unscaled)
-    measured = _engine(loss_fn, params, plan, force_general)(loss_fn, params, batch, plan)
+    engine = _engine_for(loss_fn, params, plan, force_general)
+    if sharded(_tree.flatten(params)[0]):
+        measured = run_sharded(engine, loss_fn, params, batch, plan)
+    else:
+        measured = engine(loss_fn, params, batch, plan)
     norms_and_grads = (measured.grad_norms, measured.example_norms, measured.task_grads)
     unscaled = _tree.tree_map(plan.unscaled, norms_and_grads)
     vector = measured.vector.to(wide(measured.vector))
     return measured._replace(vector=vector, grad_norms=unscaled[0], example_norms=unscaled[1], task_grads=unscaled[2])
 
 
-def _engine(loss_fn: LossFn, params: Any, plan: Plan, force_general: bool) -> Callable[..., Measured]:
+def _engine_for(loss_fn: LossFn, params: Any, plan: Plan, force_general: bool) -> Callable[..., Measured]:
     if not isinstance(loss_fn, MultiTaskLoss):
         return general
     if plan.has_aux != loss_fn.has_aux:
