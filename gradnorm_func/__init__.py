@@ -2,6 +2,7 @@
 
 from gradnorm_func._analysis import task_cosine_similarity, task_grad_norms, task_grads, task_gramian
 from gradnorm_func._check import check_seam
+from gradnorm_func._distributed import all_reduce
 from gradnorm_func._fixed_ratio import FixedRatioInfo, FixedRatioState, fixed_ratio
 from gradnorm_func._gradinit import (
     GradInitInfo,
@@ -70,6 +71,7 @@ __all__ = [
     "StaticState",
     "TaskStats",
     "adam",
+    "all_reduce",
     "balance",
     "balancer",
     "check_finite",
