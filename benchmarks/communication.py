@@ -1,6 +1,6 @@
 """What data parallelism sends for balancing: counted, the error of the cheap option, and at scale on paper.
 
-    OMP_NUM_THREADS=1 python benchmarks/communication.py > benchmarks/communication.md   # a minute or two
+    OMP_NUM_THREADS=1 python benchmarks/communication.py > benchmarks/communication.md  # minutes
 
 Nothing is timed. The model is the demo's: six tasks on pairs of handwritten digits.
 """
@@ -162,8 +162,8 @@ def on_paper(gpus: int = 1024, backbone: float = 7e9, tasks: int = 20, width: in
         (f"last layer {width}×{d_ff}", width * d_ff),
         ("all parameters", backbone),
     ):
-        memory, wire = (2 + 4) * tasks * w, ring * 4 * (1 + tasks + tasks * w)
-        rows.append([name, "2TW + 4TW", size(memory), "2·(R−1)/R·4(1 + T + TW)", size(wire)])
+        memory, wire = (2 + 8) * tasks * w, ring * 4 * (1 + tasks + tasks * w)
+        rows.append([name, "2TW + 8TW", size(memory), "2·(R−1)/R·4(1 + T + TW)", size(wire)])
     few = size(ring * 4 * (1 + 2 * tasks))
     rows.append([f"last layer {width}×{width}, squared norms, Gram", "2Tz", size(2 * tasks * z),
                  "2·(R−1)/R·4(1 + 2T)", few])  # fmt: skip
@@ -174,11 +174,11 @@ def on_paper(gpus: int = 1024, backbone: float = 7e9, tasks: int = 20, width: in
     )
     print(f"""
 Nothing of this was run. Memory is what balancing adds to a plain step: at z, every task's gradient there in bfloat16
-(2 bytes); at parameters, every task's gradient in bfloat16 and the float32 buffer of the collective. The gradients'
-own traffic is the wrapper's, DDP's or FSDP's, in bfloat16 here, and `all_reduce` gets `grads=()`. Where FSDP
-shards the parameters, task gradients of all of them need their T copies all the same: do not take norms there, but at
-z or at one layer. A whole step of norms at z sends {4 * (1 + 3 * tasks)} bytes more than plain training, before the
-ring's factor; it costs latency, one collective, not bandwidth.""")
+(2 bytes); at parameters, every task's gradient in bfloat16, and in float32 what is summed and the buffer of the
+collective. The gradients' own traffic is the wrapper's, DDP's or FSDP's, in bfloat16 here; `all_reduce` gets
+`grads=()` then. Where FSDP shards the parameters, task gradients of all of them would need T whole copies all the same:
+take norms at z or at one layer there. Norms at z add {4 * (1 + 3 * tasks)} bytes to what plain training reduces: they
+cost the latency of one collective, and no bandwidth.""")
 
 
 def main() -> None:

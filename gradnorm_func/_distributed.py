@@ -63,10 +63,11 @@ def all_reduce(stats: TaskStats, group: Any = None, *, squared_norms: bool = Fal
     except ValueError as error:
         raise ValueError(f"{error}, or say squared_norms=True for an upper bound") from None
     leaves, treedef = _tree.flatten(sums)
-    dtype = reduce(torch.promote_types, (leaf.dtype for leaf in leaves))
-    device = leaves[0].device
-    bucket = torch.cat([leaf.detach().to(device, dtype).reshape(-1) for leaf in leaves])
+    layout = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
+    dtype = reduce(torch.promote_types, (dtype for _, dtype, _ in layout))
+    bucket = torch.cat([leaf.detach().to(leaves[0].device, dtype).reshape(-1) for leaf in leaves])
+    del sums, leaves  # T gradients at W may be large: one copy less
     dist.all_reduce(bucket, group=group)
-    parts = torch.split(bucket, [leaf.numel() for leaf in leaves])
-    shaped = [part.reshape(leaf.shape).to(leaf) for part, leaf in zip(parts, leaves, strict=True)]
+    parts = torch.split(bucket, [shape.numel() for shape, _, _ in layout])
+    shaped = [part.reshape(shape).to(device, dtype) for part, (shape, dtype, device) in zip(parts, layout, strict=True)]
     return stats_of(_tree.unflatten(treedef, shaped))
