@@ -53,9 +53,10 @@ def test_two_ranks_with_micro_batches(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", BALANCERS)
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_all_runs(tmp_path, world):
-    cases = [(name, place, STEPS) for name in BALANCERS for place in PLACES]
+def test_all_runs(tmp_path, world, name):
+    cases = [(name, place, STEPS) for place in PLACES]
     spawn(compare_runs, world, tmp_path, cases, [1, 2, 3, 8], limit=3000, seconds=1200)
 
 
