@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from gradnorm_func import _tree
 from gradnorm_func._stats import TaskStats, stats_of, sums_of
@@ -58,16 +59,21 @@ def all_reduce(stats: TaskStats, group: Any = None, *, squared_norms: bool = Fal
             "all_reduce needs a process group: call torch.distributed.init_process_group first, under torchrun or a "
             "launcher of your own; in a run of one process leave reduce= out"
         )
+    bucket, layout, treedef = _packed(stats, squared_norms)
+    dist.all_reduce(bucket, group=group)
+    parts = torch.split(bucket, [shape.numel() for shape, _, _ in layout])
+    shaped = [part.reshape(shape).to(device, dtype) for part, (shape, dtype, device) in zip(parts, layout, strict=True)]
+    return stats_of(_tree.unflatten(treedef, shaped))
+
+
+def _packed(stats: TaskStats, squared_norms: bool) -> tuple[Tensor, list[Any], Any]:
+    """The sums in one buffer, and how to take it apart. The sums themselves, T gradients at W, end here."""
     try:
         sums = sums_of(stats, square_norms=squared_norms)
     except ValueError as error:
         raise ValueError(f"{error}, or say squared_norms=True for an upper bound") from None
     leaves, treedef = _tree.flatten(sums)
     layout = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
-    dtype = reduce(torch.promote_types, (dtype for _, dtype, _ in layout))
+    dtype = reduce(torch.promote_types, (leaf.dtype for leaf in leaves))
     bucket = torch.cat([leaf.detach().to(leaves[0].device, dtype).reshape(-1) for leaf in leaves])
-    del sums, leaves  # T gradients at W may be large: one copy less
-    dist.all_reduce(bucket, group=group)
-    parts = torch.split(bucket, [shape.numel() for shape, _, _ in layout])
-    shaped = [part.reshape(shape).to(device, dtype) for part, (shape, dtype, device) in zip(parts, layout, strict=True)]
-    return stats_of(_tree.unflatten(treedef, shaped))
+    return bucket, layout, treedef
