@@ -3,6 +3,7 @@
 from gradnorm_func._analysis import task_cosine_similarity, task_grad_norms, task_grads, task_gramian
 from gradnorm_func._bridge import backward_from, fork, measure_from, measure_losses
 from gradnorm_func._check import check_seam
+from gradnorm_func._distributed import all_reduce
 from gradnorm_func._fixed_ratio import FixedRatioInfo, FixedRatioState, fixed_ratio
 from gradnorm_func._gradinit import (
     GradInitInfo,
@@ -71,6 +72,7 @@ __all__ = [
     "StaticState",
     "TaskStats",
     "adam",
+    "all_reduce",
     "backward_from",
     "balance",
     "balancer",

@@ -62,7 +62,8 @@ def fixed_ratio(
     Returns:
         Balancer(init, update, grad, balance), `init(num_tasks, *, dtype=None, device=None)`. A state that has seen no
         step has the weights R ρ_i / Σ ρ_j, which only matter where weights from before the step are used
-        (`measure(..., weights=state.weights)` for accumulation).
+        (`measure(..., weights=state.weights)`). With `micro_batches` or `reduce` a step takes two passes over the
+        batch, the first for the norms of the whole; what is random in the loss is drawn anew in the second.
 
     Raises:
         ValueError: for ratios that are negative, all zero or not T, or other hyperparameters out of range.

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradnorm_func import _optim, _tree
 from gradnorm_func._loss import LossFn, task_vector
 from gradnorm_func._stats import TaskStats
-from gradnorm_func._step import Balancer, balancer, check_state, choose, here_of, vectors, weighted_total
+from gradnorm_func._step import Balancer, Reduce, balancer, check_state, choose, here_of, vectors, weighted_total
 from gradnorm_func._tree import Where
 
 
@@ -291,6 +291,8 @@ def gradnorm_grad(
     optimizer: _optim.Optimizer | None = None,
     mask: Any = None,
     update: bool | Tensor = True,
+    micro_batches: int | None = None,
+    reduce: Reduce | None = None,
     has_aux: bool = False,
     vectorize: bool = True,
     chunk_size: int | None = None,
@@ -307,6 +309,13 @@ def gradnorm_grad(
             the gradients come back multiplied by it, and a step in which any of them is not finite changes nothing.
         alpha, optimizer, mask, update: as in `balance`; so are the remaining keywords, `norm_ratios`, `log_space`,
             `floor`, `burn_in`, `initial_decay`. `update=False` costs what a plain step costs.
+        micro_batches: cut every tensor of the batch along its first axis into that many parts, measure one at a
+            time, and balance once: exact if the losses are means over examples and no layer looks across them (batch
+            norm). Parts may differ by one example; if the tensors are of several lengths (a PINN's points), the number
+            must divide them all. Other leaves and 0-d tensors go into every part. aux is then a list, one per part.
+        reduce: stats -> stats, applied once before balancing: `gn.all_reduce` for data parallelism, and
+            `partial(gn.all_reduce, group=group)` for a process group. Every rank weighs as much as it has examples,
+            the tensors of its batch being of one length; otherwise all weigh the same. `mask` is that of the whole.
 
     Returns:
         (grads, state, info): gradients in the structure of params, the new GradNormState, and GradNormInfo.
@@ -328,7 +337,8 @@ def gradnorm_grad(
     bound = gradnorm(alpha=alpha, where=where, optimizer=optimizer, **hyper)
     return bound.grad(
         state, params, loss_fn, batch,
-        mask=mask, update=update, has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size, loss_scale=loss_scale,
+        mask=mask, update=update, micro_batches=micro_batches, reduce=reduce,
+        has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size, loss_scale=loss_scale,
     )  # fmt: skip
 
 
@@ -343,6 +353,8 @@ def gradnorm_update(
     optimizer: _optim.Optimizer | None = None,
     mask: Any = None,
     update: bool | Tensor = True,
+    micro_batches: int | None = None,
+    reduce: Reduce | None = None,
     has_aux: bool = False,
     vectorize: bool = True,
     chunk_size: int | None = None,
@@ -370,7 +382,8 @@ def gradnorm_update(
     bound = gradnorm(alpha=alpha, where=where, optimizer=optimizer, **hyper)
     return bound.update(
         state, params, loss_fn, batch,
-        mask=mask, update=update, has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size, loss_scale=loss_scale,
+        mask=mask, update=update, micro_batches=micro_batches, reduce=reduce,
+        has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size, loss_scale=loss_scale,
     )  # fmt: skip
 
 

@@ -74,6 +74,7 @@ def measure(
         >>> stats.grad_norms, stats.grads
         (tensor([ 1., 10.]), {'w': tensor([4., 4.])})
     """
+    at_z = where is None and isinstance(loss_fn, MultiTaskLoss) and loss_fn.backbone is not None
     measured = run_engine(
         loss_fn,
         params,
@@ -81,13 +82,12 @@ def measure(
         weights=weights,
         where=where,
         norms=norms,
-        task_grads=not norms_only,
+        task_grads=not (norms_only or at_z),
         has_aux=has_aux,
         vectorize=vectorize,
         chunk_size=chunk_size,
         loss_scale=loss_scale,
     )
-    at_z = isinstance(measured.example_norms, Tensor)
     stats = TaskStats(
         losses=measured.vector,
         grad_norms=measured.grad_norms,
