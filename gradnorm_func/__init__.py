@@ -45,8 +45,8 @@ from gradnorm_func._rotograd_measure import (
     RotoGradStats,
     rotograd_factors,
     rotograd_measure,
-    rotograd_merge,
 )
+from gradnorm_func._rotograd_merge import rotograd_merge
 from gradnorm_func._rotograd_scale import RotoGradState
 from gradnorm_func._static import StaticInfo, StaticState, export, static
 from gradnorm_func._stats import TaskStats, merge

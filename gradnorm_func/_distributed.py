@@ -10,10 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradnorm_func import _tree
-from gradnorm_func._stats import TaskStats, stats_of, sums_of
+from gradnorm_func._rotograd_measure import RotoGradStats
+from gradnorm_func._rotograd_merge import rotograd_of_sums, rotograd_sums
+from gradnorm_func._stats import Sums, TaskStats, stats_of, sums_of
 
 
-def all_reduce(stats: TaskStats, group: Any = None, *, squared_norms: bool = False) -> TaskStats:
+def all_reduce(stats: Any, group: Any = None, *, squared_norms: bool = False) -> Any:
     r"""The stats of the union of the batches of all ranks, exactly as `merge` would give them.
 
     All that adds up (the losses, task gradients and parameters' gradients times the number of examples, and that number
@@ -31,14 +33,15 @@ def all_reduce(stats: TaskStats, group: Any = None, *, squared_norms: bool = Fal
     `benchmarks/communication.md` has its size on a real task.
 
     Args:
-        stats: of this rank, from `measure` or `merge` at parameters and weights that are the same on all ranks.
-            Half-precision gradients are summed in float32.
+        stats: of this rank, TaskStats or RotoGradStats, from `measure` or `merge` at parameters and weights that are
+            the same on all ranks. Half-precision gradients are summed in float32.
         group: the process group; None is the default one.
         squared_norms: send squared norms for task gradients. At z, where norms are exact without gradients, it changes
             nothing. It takes stats measured with `norms_only=True` too.
 
     Returns:
-        TaskStats, the same bits on every rank, cut from any graph; without task gradients if `squared_norms`.
+        Stats of the same kind, the same bits on every rank, cut from any graph; without task gradients if
+        `squared_norms`. RotoGradStats send their cross moments, s T² m² bytes.
 
     Raises:
         RuntimeError: without an initialised process group: a run of one process that was meant to be one of many would
@@ -59,19 +62,23 @@ def all_reduce(stats: TaskStats, group: Any = None, *, squared_norms: bool = Fal
             "all_reduce needs a process group: call torch.distributed.init_process_group first, under torchrun or a "
             "launcher of your own; in a run of one process leave reduce= out"
         )
-    bucket, layout, treedef = _packed(stats, squared_norms)
+    rotations = isinstance(stats, RotoGradStats)
+    bucket, layout, treedef = _packed(rotograd_sums(stats) if rotations else _sums(stats, squared_norms))
     dist.all_reduce(bucket, group=group)
     parts = torch.split(bucket, [shape.numel() for shape, _, _ in layout])
     shaped = [part.reshape(shape).to(device, dtype) for part, (shape, dtype, device) in zip(parts, layout, strict=True)]
-    return stats_of(_tree.unflatten(treedef, shaped))
+    return (rotograd_of_sums if rotations else stats_of)(_tree.unflatten(treedef, shaped))
 
 
-def _packed(stats: TaskStats, squared_norms: bool) -> tuple[Tensor, list[Any], Any]:
-    """The sums in one buffer, and how to take it apart. The sums themselves, T gradients at W, end here."""
+def _sums(stats: TaskStats, squared_norms: bool) -> Sums:
     try:
-        sums = sums_of(stats, square_norms=squared_norms)
+        return sums_of(stats, square_norms=squared_norms)
     except ValueError as error:
         raise ValueError(f"{error}, or say squared_norms=True for an upper bound") from None
+
+
+def _packed(sums: Any) -> tuple[Tensor, list[Any], Any]:
+    """The sums in one buffer, and how to take it apart."""
     leaves, treedef = _tree.flatten(sums)
     layout = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
     dtype = reduce(torch.promote_types, (leaf.dtype for leaf in leaves))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradnorm_func._loss import LossFn, task_vector
+from gradnorm_func._micro import split
 from gradnorm_func._rotograd_balance import RotoGradInfo
 from gradnorm_func._rotograd_balance import balance as balanced
-from gradnorm_func._rotograd_measure import RotoGradStats, bind, check_state, factors_of, rotograd_merge, run
+from gradnorm_func._rotograd_measure import RotoGradStats, bind, check_state, run
+from gradnorm_func._rotograd_merge import in_parts
 from gradnorm_func._rotograd_scale import Hyper, RotoGradState, hyperparameters
-from gradnorm_func._step import Balancer, here_of
+from gradnorm_func._step import Balancer
 
 
 def rotograd_init_state(
@@ -164,22 +166,32 @@ def rotograd(rotation_shape: int | tuple[int, ...], **hyper: Any) -> Balancer:
 
     def grad(
         state: RotoGradState, params: Any, loss_fn: LossFn, batch: Any, *, mask: Any = None,
-        update: bool | Tensor = True, has_aux: bool = False,
+        update: bool | Tensor = True, micro_batches: int | None = None, reduce: Any = None, has_aux: bool = False,
     ) -> Any:  # fmt: skip
-        moments = update is not False
-        stats, aux = run(state, params, loss_fn, batch, bound, mask=mask, moments=moments, has_aux=has_aux)
+        if micro_batches is None and reduce is None:
+            moments = update is not False
+            stats, aux = run(state, params, loss_fn, batch, bound, mask=mask, moments=moments, has_aux=has_aux)
+        else:
+            check_state(state)
+            parts = split(batch, micro_batches)
+            stats, aux = in_parts(state, params, loss_fn, parts, bound, mask=mask, reduce=reduce, has_aux=has_aux)
+            aux = aux[0] if micro_batches is None else aux
         state, info = balanced(state, stats, bound, mask, update)
         return (stats.grads, state, info, aux) if has_aux else (stats.grads, state, info)
 
     def update(
         state: RotoGradState, params: Any, loss_fn: LossFn, batch: Any, *, mask: Any = None,
-        update: bool | Tensor = True, has_aux: bool = False,
+        update: bool | Tensor = True, micro_batches: int | None = None, reduce: Any = None, has_aux: bool = False,
     ) -> Any:  # fmt: skip
         check_state(state)
         if update is False and not has_aux:
             return state
-        moments = update is not False
-        stats, aux = run(state, params, loss_fn, batch, bound, mask=mask, grads=False, moments=moments, has_aux=has_aux)
+        options: dict[str, Any] = {"mask": mask, "grads": False, "has_aux": has_aux}
+        if micro_batches is None and reduce is None:
+            stats, aux = run(state, params, loss_fn, batch, bound, moments=update is not False, **options)
+        else:
+            stats, aux = in_parts(state, params, loss_fn, split(batch, micro_batches), bound, reduce=reduce, **options)
+            aux = aux[0] if micro_batches is None else aux
         state, _ = balanced(state, stats, bound, mask, update)
         return (state, aux) if has_aux else state
 
@@ -199,6 +211,8 @@ def rotograd_grad(
     *,
     mask: Any = None,
     update: bool | Tensor = True,
+    micro_batches: int | None = None,
+    reduce: Callable[[Any], Any] | None = None,
     has_aux: bool = False,
     **hyper: Any,
 ) -> Any:
@@ -213,6 +227,9 @@ def rotograd_grad(
         mask: the tasks present in this batch, (T,) bool or a pytree like the losses. The others keep their rotations
             and weights, and do not count in the mean.
         update: False, or a 0-d bool tensor that is False, freezes the state.
+        micro_batches, reduce: as in `gradnorm_grad`. Every part is run twice then, for the backbone's factors need the
+            norms of the whole batch; `reduce` is applied to the RotoGradStats of the first run and to TaskStats that
+            hold the gradients of the second, both of which `gn.all_reduce` takes.
         **hyper: as in `rotograd`; `rotation_shape` is that of the state unless given.
 
     Returns:
@@ -232,7 +249,10 @@ def rotograd_grad(
         tensor([1., 3.])
     """
     method = rotograd(hyper.pop("rotation_shape", _size(state)), **hyper)
-    return method.grad(state, params, loss_fn, batch, mask=mask, update=update, has_aux=has_aux)
+    return method.grad(
+        state, params, loss_fn, batch,
+        mask=mask, update=update, micro_batches=micro_batches, reduce=reduce, has_aux=has_aux,
+    )  # fmt: skip
 
 
 def rotograd_update(
@@ -243,6 +263,8 @@ def rotograd_update(
     *,
     mask: Any = None,
     update: bool | Tensor = True,
+    micro_batches: int | None = None,
+    reduce: Callable[[Any], Any] | None = None,
     has_aux: bool = False,
     **hyper: Any,
 ) -> Any:
@@ -264,7 +286,10 @@ def rotograd_update(
         1
     """
     method = rotograd(hyper.pop("rotation_shape", _size(state)), **hyper)
-    return method.update(state, params, loss_fn, batch, mask=mask, update=update, has_aux=has_aux)
+    return method.update(
+        state, params, loss_fn, batch,
+        mask=mask, update=update, micro_batches=micro_batches, reduce=reduce, has_aux=has_aux,
+    )  # fmt: skip
 
 
 def rotograd_accumulate(
@@ -313,20 +338,9 @@ def rotograd_accumulate(
     parts = list(batches)
     counts = [1.0] * len(parts) if num_examples is None else list(num_examples)
     bound = bind(state, hyper)
-
-    def passes(**keywords: Any) -> RotoGradStats:
-        found = [
-            run(state, params, loss_fn, part, bound, mask=mask, cross=True, **keywords)[0]._replace(num_examples=count)
-            for part, count in zip(parts, counts, strict=True)
-        ]
-        return rotograd_merge(*found)
-
-    if not exact:
-        stats = passes()
-        return (stats.grads, *balanced(state, stats, bound, mask, update))
-    stats = passes(grads=False)
-    factors = factors_of(state, stats, here_of(state, mask), bound)
-    return (passes(factors=factors).grads, *balanced(state, stats, bound, mask, update))
+    pairs = list(zip(parts, counts, strict=True))
+    stats, _ = in_parts(state, params, loss_fn, pairs, bound, mask=mask, exact=exact)
+    return (stats.grads, *balanced(state, stats, bound, mask, update))
 
 
 def _size(state: Any) -> int:

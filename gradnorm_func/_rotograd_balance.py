@@ -71,7 +71,7 @@ def _objective_gradient(state: RotoGradState, stats: RotoGradStats, found: Numbe
         along = found.direction * ratio
         moments = torch.einsum("k,j,kjab->kab", ratio, along, stats.cross)
         square = torch.einsum("k,kab->ab", along, torch.einsum("j,kjab->kab", along, stats.cross))
-    factor = 1.0 if hyper.form == "paper" else 2 / max(stats.examples, 1.0)
+    factor = 1.0 if hyper.form == "paper" else 2 / _count(stats)
     gradient: Tensor = -factor * moments
     if hyper.cooperative is None:
         return gradient
@@ -110,7 +110,7 @@ def _info(stats: RotoGradStats, gram: Tensor, found: Numbers, here: Tensor, hype
     rotation_losses = -agreement
     if hyper.form != "paper":
         distance = found.direction @ agreement + diagonal(gram) - 2 * agreement
-        rotation_losses = distance / max(stats.examples, 1.0)
+        rotation_losses = distance / _count(stats)
     total = torch.where(here, stats.losses, 0.0).sum()
     finite = ((stats.losses.isfinite() & found.norms.isfinite()) | ~here).all() & gram.isfinite().all()
     if isinstance(stats.backbone_loss, Tensor):
@@ -126,6 +126,11 @@ def _info(stats: RotoGradStats, gram: Tensor, found: Numbers, here: Tensor, hype
         total_loss=total,
         finite=finite,
     )
+
+
+def _count(stats: RotoGradStats) -> float | Tensor:
+    """Over how many entries the published loss is a mean."""
+    return stats.examples.clamp(min=1) if isinstance(stats.examples, Tensor) else max(stats.examples, 1.0)
 
 
 def _cosines(gram: Tensor, norms: Tensor) -> Tensor:
