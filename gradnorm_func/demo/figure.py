@@ -8,9 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Okabe & Ito's palette, which colour-blind readers can tell apart; every line has a dash of its own as well.
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999"]
-DASHES: list[Any] = ["-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (9, 2)), (0, (3, 1, 1, 1, 1, 1))]
 STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -37,6 +34,8 @@ def digits(path: str, histories: dict[str, Any], tasks: Sequence[str], *, seed: 
     """One row a method: weights, shares of the gradient at W, and losses over training."""
     import matplotlib
     from matplotlib.figure import Figure
+
+    from gradnorm_func.plot._draw import COLOURS, DASHES
 
     width = max(1, min(width, len(next(iter(histories.values())).losses) // 10))
     with matplotlib.rc_context(STYLE):
@@ -83,6 +82,8 @@ def toy(path: str, curves: dict[str, Any], scales: Sequence[float]) -> None:
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
+
+    from gradnorm_func.plot._draw import COLOURS, DASHES
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 4.4), layout="constrained")
