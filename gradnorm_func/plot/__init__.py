@@ -3,8 +3,11 @@
 A history is what `gn.train` returns (an Info stacked over the steps), a list of Infos, one Info, a dict with the same
 fields, or the plain (steps, T) numbers of the field that is drawn: a tensor of any dtype and device, an array, nested
 lists, or a dict from task name to curve. NaN leaves a gap. `names` are the tasks' names: a list, or the losses or
-heads themselves. With `ax=None` a new pyplot figure is made, which notebooks show by themselves; nothing here needs
-a display. Up to eight tasks each have a colour, dash and marker; of more only the extremes are told apart.
+heads themselves.
+
+With `ax=None` a new pyplot figure is made, which notebooks show by themselves; nothing here needs a display. Positive
+numbers that span more than a factor of 3 get a logarithmic axis. Up to eight tasks each have a colour, dash and
+marker; of more only the extremes are told apart.
 """
 
 try:

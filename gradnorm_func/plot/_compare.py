@@ -42,7 +42,7 @@ def compare(
         label: what the numbers are, with their unit.
 
     Returns:
-        The axis; its y axis is logarithmic where the numbers are positive and span more than a factor of 10.
+        The axis; its y axis is logarithmic where the numbers are positive and span more than a factor of 3.
 
     Raises:
         ValueError: for a wrong shape, more than 8 methods, or no finite number.
@@ -88,9 +88,7 @@ def compare(
         tags.append((said, last_finite(x, middle), COLOURS[k]))
         ends += [x[0], x[-1]]
     together = np.concatenate([values.ravel() for values in read.values()])
-    together = together[np.isfinite(together)]
-    if together.min() > 0 and together.max() > 10 * together.min():
-        log_axis(ax, together)
+    log_axis(ax, together)
     seeds = max(len(values) for values in read.values())
     spread = "lowest to highest" if band == "range" else "middle half"
     note = "" if seeds == 1 else f"line: median, band: {spread} of {seeds} seeds"

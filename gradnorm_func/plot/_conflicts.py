@@ -61,7 +61,8 @@ def conflicts(cosines: Any, ax: Axes | None = None, *, names: Any = None) -> Axe
     task_ticks(ax, tasks, count > MOST_NUMBERS)
     if count <= MOST_NUMBERS:
         texts = [
-            ["" if i == j or np.isnan(c) else f"{c:.2f}" for j, c in enumerate(row)] for i, row in enumerate(values)
+            ["" if i == j or np.isnan(c) else f"{round(c, 2) + 0.0:.2f}" for j, c in enumerate(row)]
+            for i, row in enumerate(values)
         ]
         cell_texts(ax, image, values, texts)
     ax.figure.colorbar(image, ax=ax, label="cosine of the task gradients", ticks=[-1, -0.5, 0, 0.5, 1])

@@ -14,7 +14,7 @@ STEP = "training step"
 
 
 def weights(history: Any, ax: Axes | None = None, *, names: Any = None, smooth: int = 1) -> Axes:
-    r"""The task weights :math:`w_i` over training, on a logarithmic axis.
+    r"""The task weights :math:`w_i` over training.
 
     Args:
         history: of any balancer, or (steps, T) weights; see the module's docstring.
@@ -42,7 +42,7 @@ def weights(history: Any, ax: Axes | None = None, *, names: Any = None, smooth: 
 def loss_ratios(
     history: Any, ax: Axes | None = None, *, names: Any = None, smooth: int = 1, initial_losses: Any = None
 ) -> Axes:
-    r"""The losses relative to their start, :math:`\tilde L_i = L_i / L_i(0)`, on a logarithmic axis.
+    r"""The losses relative to their start, :math:`\tilde L_i = L_i / L_i(0)`.
 
     Args:
         history: of any balancer, or (steps, T) losses.
@@ -114,7 +114,7 @@ def grad_norms(history: Any, ax: Axes | None = None, *, names: Any = None, smoot
         ax, names, smooth: as in `weights`.
 
     Returns:
-        The axis; its y axis is logarithmic.
+        The axis.
 
     Raises:
         ValueError: as `weights` does, and for a history of `gn.static()` without `norms=True`.

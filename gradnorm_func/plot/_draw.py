@@ -21,6 +21,7 @@ MARKERS = "os^Dv*PX"
 FONT = 9.0  # points, of names in the plot
 EXTREMES = 3  # of many curves, the highest and lowest ones that get a colour and a name each
 MARKS = 7  # markers along a curve
+SPAN = 3  # largest over smallest number, above which an axis is logarithmic
 LONGEST = 24  # characters of a name
 
 
@@ -53,17 +54,12 @@ def tidy(ax: Axes, *, x: str, y: str) -> None:
 
 
 def log_axis(ax: Axes, values: Array) -> None:
-    """A logarithmic y axis with plain numbers on it, if everything there is to see is positive."""
+    """A logarithmic y axis, if what there is to see is positive and spans more than a factor of SPAN."""
     finite = values[np.isfinite(values)]
-    if not (finite > 0).any() or (finite < 0).any():
-        return
-    ax.set_yscale("log", nonpositive="mask")
-    low, high = ax.get_ylim()
-    if high / low < 3:  # or there might not be one tick
-        middle = math.sqrt(low * high)
-        low, high = middle / math.sqrt(3), middle * math.sqrt(3)
-        ax.set_ylim(low, high)
-    plain_numbers(ax.yaxis, low, high)
+    positive = finite[finite > 0]
+    if len(positive) and not (finite < 0).any() and positive.max() > SPAN * positive.min():
+        ax.set_yscale("log", nonpositive="mask")
+        plain_numbers(ax.yaxis, *ax.get_ylim())
 
 
 def plain_numbers(axis: Axis, low: float, high: float) -> None:
@@ -138,7 +134,7 @@ def name_ends(ax: Axes, tags: list[tuple[str, Any, str]], span: tuple[float, flo
     ticks = MaxNLocator(5, integer=True).tick_values(first, last)
     ax.set_xticks([tick for tick in ticks if first <= tick <= last])
     ax.spines["bottom"].set_bounds(left, end_of_data)
-    ax.set_ylim(ax.get_ylim())  # from here on the names stand still
+    ax.get_ylim()  # limits first: they are found lazily, and the names stand by them
     to_axes = ax.transData + ax.transAxes.inverted()
     placed = []
     for name, end, colour in tags:
@@ -150,10 +146,11 @@ def name_ends(ax: Axes, tags: list[tuple[str, Any, str]], span: tuple[float, flo
     for at, (_, name, end, colour) in zip(heights, placed, strict=True):
         ax.annotate(
             name, xy=end, xytext=(start, at), textcoords="axes fraction", va="center", ha="left", fontsize=FONT,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
             arrowprops={"arrowstyle": "-", "shrinkA": 1, "shrinkB": 1, "linewidth": 0.7, "alpha": 0.7, "color": colour},
         )  # fmt: skip
-    if note:
-        ax.set_title(note, fontsize=FONT, color="0.35", loc="right")
+    if note:  # where no title can collide with it
+        ax.set_xlabel(f"{ax.get_xlabel()}\n({note})")
 
 
 def spread(heights: list[float], gap: float) -> list[float]:

@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 
 from gradnorm_func._layers import LayerReport
 from gradnorm_func._loss import task_names
-from gradnorm_func.plot._draw import FONT, cell_texts, new_axes, number, plain_numbers, task_ticks, ticks_of
+from gradnorm_func.plot._draw import cell_texts, new_axes, number, plain_numbers, task_ticks, ticks_of
 from gradnorm_func.plot._read import array, labels
 
 MOST_NUMBERS = 12  # layers and tasks, up to which the cells hold their numbers
@@ -80,8 +80,7 @@ def layers(report: Any, ax: Axes | None = None, *, names: Any = None, layer_name
         shared = int(reached[-1])
         corner = (-0.5, shared - 0.5)
         ax.add_patch(Rectangle(corner, len(tasks), 1, fill=False, edgecolor="#D55E00", linewidth=2.5, clip_on=False))
-        said = f"framed: {rows[shared]}, the last layer that every task reaches"
-        ax.set_title(said, fontsize=FONT, loc="left", color="#A04000")
+        ax.set_xlabel(f"framed: {rows[shared]}, the last layer that every task reaches", color="#A04000")
     bar = ax.figure.colorbar(image, ax=ax, label=r"$\|\nabla_\theta L_i\|$ at the layer")
     plain_numbers(bar.ax.yaxis, low, high)
     bar.ax.minorticks_off()
