@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradnorm_func._palette import COLOURS, DASHES
+
 STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -34,8 +36,6 @@ def digits(path: str, histories: dict[str, Any], tasks: Sequence[str], *, seed: 
     """One row a method: weights, shares of the gradient at W, and losses over training."""
     import matplotlib
     from matplotlib.figure import Figure
-
-    from gradnorm_func.plot._draw import COLOURS, DASHES
 
     width = max(1, min(width, len(next(iter(histories.values())).losses) // 10))
     with matplotlib.rc_context(STYLE):
@@ -82,8 +82,6 @@ def toy(path: str, curves: dict[str, Any], scales: Sequence[float]) -> None:
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
-
-    from gradnorm_func.plot._draw import COLOURS, DASHES
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 4.4), layout="constrained")

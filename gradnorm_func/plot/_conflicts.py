@@ -9,10 +9,9 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 
+from gradnorm_func._palette import COLOURS, DASHES
 from gradnorm_func.plot._courses import STEP
 from gradnorm_func.plot._draw import (
-    COLOURS,
-    DASHES,
     cell_texts,
     curves,
     last_finite,

@@ -12,11 +12,9 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from gradnorm_func._palette import COLOURS, DASHES
 from gradnorm_func.plot._read import Array
 
-# Okabe & Ito's palette, which colour-blind readers can tell apart; dashes and markers do so in grey, too.
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999"]
-DASHES: list[Any] = ["-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (9, 2)), (0, (3, 1, 1, 1, 1, 1))]
 MARKERS = "os^Dv*PX"
 FONT = 9.0  # points, of names in the plot
 EXTREMES = 3  # of many curves, the highest and lowest ones that get a colour and a name each
