@@ -25,6 +25,7 @@ from gradnorm_func._gradnorm import (
     reset_initial_losses,
 )
 from gradnorm_func._interop import check_finite, functional, load_state, log_dict, state_dict, write_grads
+from gradnorm_func._layers import LayerReport, layer_analysis
 from gradnorm_func._loss import multi_task_loss, shared_linear, stacked_heads, task_names
 from gradnorm_func._measure import measure
 from gradnorm_func._optim import Optimizer, adam, sgd
@@ -63,6 +64,7 @@ __all__ = [
     "GradInitState",
     "GradNormInfo",
     "GradNormState",
+    "LayerReport",
     "Optimizer",
     "RotoGradFactors",
     "RotoGradInfo",
@@ -93,6 +95,7 @@ __all__ = [
     "gradnorm_grad",
     "gradnorm_update",
     "init_state",
+    "layer_analysis",
     "load_state",
     "log_dict",
     "mask_vector",

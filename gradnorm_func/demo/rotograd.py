@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import gradnorm_func as gn
+from gradnorm_func._palette import COLOURS
 from gradnorm_func.demo import compare, digits
-from gradnorm_func.demo.figure import COLOURS
 from gradnorm_func.demo.progress import Progress
 
 HIDDEN, LEARNING_RATE, ROTATION_RATE = 10, 1e-3, 0.05
