@@ -26,6 +26,12 @@ PLACES = {
 }
 # The two that show different things are run everywhere and long, the others once each and short.
 DEFAULT = [(name, place, STEPS if name == "gradnorm-adam" else 8) for name in BALANCERS for place in PLACES]
+ROTATIONS = {
+    "rotograd": {},
+    "rotograd-none": {"scale": "none", "normalize": True, "moving": False, "map": "exp"},
+    "rotogradnorm-0.1.6": {"scale": "gradnorm", "form": "0.1.6", "alpha": 0.5, "normalize": True, "burn_in": 3},
+    "rotograd-cooperative": {"scale": "none", "form": "0.1.2", "cooperative": 2},
+}
 
 
 def on_points():
@@ -65,7 +71,7 @@ def batch_of(place, step, rank=0, sizes=None):
 def train(name, place, steps, rank=0, sizes=None, **keywords):
     """(losses, norms, weights, gradients, parameters, states) over all steps, the parameters being trained too."""
     loss_fn, where = loss_of(place)
-    balancer = BALANCERS[name](where)
+    balancer = gn.rotograd(6, **ROTATIONS[name]) if name in ROTATIONS else BALANCERS[name](where)
     params, state, rows = make_params(), balancer.init(3, dtype=F64), []
     for step in range(steps):
         batch = batch_of(place, step, rank, sizes)
@@ -81,7 +87,7 @@ def assert_same_run(found, expected, what):
     for step, (row, wanted) in enumerate(zip(found, expected, strict=True)):
         for a, b in zip(row, wanted, strict=True):
             torch.testing.assert_close(
-                a, b, rtol=1e-10, atol=1e-12, msg=lambda text, step=step: f"{what}, step {step}: {text}"
+                a, b, rtol=1e-10, atol=1e-12, equal_nan=True, msg=lambda text, step=step: f"{what}, step {step}: {text}"
             )
 
 

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 import torch._dynamo.utils
-from scale_cases import DEFAULT, F64, PLACES, STEPS, assert_same_run, batch_of, loss_of, train
+from scale_cases import DEFAULT, F64, PLACES, ROTATIONS, STEPS, assert_same_run, batch_of, loss_of, train
 from toys import BALANCERS, leaves, make_batch, make_params, make_problem
 
 import gradnorm_func as gn
@@ -17,7 +17,7 @@ def whole(name, place, steps):
     return train(name, place, steps)
 
 
-@pytest.mark.parametrize(("name", "place", "steps"), DEFAULT)
+@pytest.mark.parametrize(("name", "place", "steps"), [*DEFAULT, *((name, "z", 8) for name in ROTATIONS)])
 def test_runs_in_micro_batches(name, place, steps):
     assert_same_run(train(name, place, steps, micro_batches=3), whole(name, place, steps), "3 micro-batches")
 
@@ -169,6 +169,25 @@ def test_aux_comes_as_a_list(name):
     assert len(aux) == 2
     _, aux = method.update(state, params, loss_fn, batch, reduce=lambda stats: stats, has_aux=True)
     assert aux["note"] == "whole"
+
+
+def test_rotations_give_aux_and_one_graph():
+    loss_fn, _ = loss_of("z")
+    heads = {
+        name: lambda p, z, b, head=head: (head(p, z, b), z.sum())
+        for name, head in zip(gn.task_names(loss_fn.heads), loss_fn.functions, strict=True)
+    }
+    noisy = gn.multi_task_loss(lambda p, b: (loss_fn.backbone(p, b), len(b[0])), heads, has_aux=True)
+    method, params, batch = gn.rotograd(6), make_params(), batch_of("z", 0)
+    state = method.init(3, dtype=F64)
+    grads, new, info, aux = method.grad(state, params, noisy, batch, micro_batches=3, has_aux=True)
+    assert [shared for shared, _ in aux] == [22, 21, 21]
+    step = torch.compile(method.grad, fullgraph=True, backend="aot_eager")
+    compiled = step(state, params, noisy, batch, micro_batches=3, has_aux=True)
+    torch.testing.assert_close(compiled[:3], (grads, new, info), equal_nan=True)
+    alone, other = method.update(state, params, noisy, batch, micro_batches=3, has_aux=True)
+    torch.testing.assert_close(alone, new, equal_nan=True)
+    assert len(other) == 3
 
 
 @pytest.mark.parametrize("micro_batches", [0, -1, 2.0, True, "2"])

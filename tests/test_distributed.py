@@ -14,6 +14,7 @@ from scale_cases import (
     F64,
     PLACES,
     PROCESSES,
+    ROTATIONS,
     STEPS,
     assert_same_run,
     batch_of,
@@ -50,6 +51,16 @@ def test_two_ranks(tmp_path):
 def test_two_ranks_with_micro_batches(tmp_path):
     cases = [(name, place, 6) for name in ("gradnorm-adam", "fixed-ratio", "user") for place in PLACES]
     spawn(compare_runs, 2, tmp_path, cases, [2, 3])
+
+
+def test_two_ranks_that_rotate(tmp_path):
+    spawn(compare_runs, 2, tmp_path, [(name, "z", 8) for name in ROTATIONS], [None, 3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_all_rotations(tmp_path, world):
+    spawn(compare_runs, world, tmp_path, [(name, "z", STEPS) for name in ROTATIONS], [1, 2, 3, 8], limit=900)
 
 
 @pytest.mark.slow
