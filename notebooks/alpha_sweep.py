@@ -20,6 +20,7 @@
 # The data are scikit-learn's handwritten digits, two to an image, with six tasks whose losses start four decades apart.
 
 # %%
+import itertools
 import math
 
 import torch
@@ -98,8 +99,9 @@ order = ends.argsort()
 for i in range(len(TASKS)):
     right.plot(places, weights[:, rate, i], color=colours[i], marker="o", markersize=4)
 heights = ends.clone()
-for low, high in zip(order[:-1], order[1:], strict=True):  # labels do not overlap
-    heights[high] = torch.maximum(heights[high], heights[low] + 0.045 * math.log(weights[:, rate].max() / weights.min()))
+gap = 0.05 * math.log(weights[:, rate].max() / weights[:, rate].min())
+for low, high in itertools.pairwise(order):  # labels do not overlap
+    heights[high] = torch.maximum(heights[high], heights[low] + gap)
 for i, task in enumerate(TASKS):
     right.annotate(
         task, (places[-1] + 0.15, float(heights[i].exp())), color=colours[i], va="center", annotation_clip=False
