@@ -146,7 +146,7 @@ def sweep(
 
     def advance(hyper: dict[str, Tensor], current: Any, batch: Any) -> Any:
         """One step of a group of runs; `current` is ours, and is written to, for the sake of time and memory."""
-        mapped = torch.func.vmap(step, in_dims=(0, 0, 0, 0, None), randomness="different")
+        mapped: Callable[..., Any] = torch.func.vmap(step, in_dims=(0, 0, 0, 0, None), randomness="different")
         *new, info = mapped(hyper, *current, batch)
         info = _tree.tree_map(torch.clone, info)  # the weights in it are those of the state
         for old, leaf in zip(_tree.flatten(current)[0], _tree.flatten(tuple(new))[0], strict=True):
