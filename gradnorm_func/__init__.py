@@ -52,6 +52,7 @@ from gradnorm_func._rotograd_scale import RotoGradState
 from gradnorm_func._static import StaticInfo, StaticState, export, static
 from gradnorm_func._stats import TaskStats, merge
 from gradnorm_func._step import Balancer, balancer, mask_vector
+from gradnorm_func._sweep import SweepResult, sweep
 from gradnorm_func._train import train
 
 __version__ = "0.1.0"
@@ -72,6 +73,7 @@ __all__ = [
     "RotoGradStats",
     "StaticInfo",
     "StaticState",
+    "SweepResult",
     "TaskStats",
     "adam",
     "all_reduce",
@@ -122,6 +124,7 @@ __all__ = [
     "stacked_heads",
     "state_dict",
     "static",
+    "sweep",
     "task_cosine_similarity",
     "task_grad_norms",
     "task_grads",

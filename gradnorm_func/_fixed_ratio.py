@@ -36,8 +36,8 @@ def fixed_ratio(
     ratios: Any = None,
     *,
     where: Where = None,
-    budget: float = 1.0,
-    decay: float = 0.999,
+    budget: float | Tensor = 1.0,
+    decay: float | Tensor = 0.999,
     per_example: bool = True,
     eps: float = 1e-12,
 ) -> Balancer:
@@ -79,9 +79,9 @@ def fixed_ratio(
     Source: `Balancer` of facebookresearch/encodec. Departures: the moving averages are state, the device is never
     asked, and a step with a loss or norm that is not finite changes nothing.
     """
-    if not budget > 0:
+    if not isinstance(budget, Tensor) and not budget > 0:
         raise ValueError(f"budget={budget} must be positive")
-    if not 0 <= decay < 1:
+    if not isinstance(decay, Tensor) and not 0 <= decay < 1:
         raise ValueError(f"decay={decay} must lie in [0, 1); 0 uses this step's norms alone")
     if not eps >= 0:
         raise ValueError(f"eps={eps} must not be negative")

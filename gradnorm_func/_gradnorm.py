@@ -118,8 +118,8 @@ def balance(
     optimizer: _optim.Optimizer | None = None,
     norm_ratios: Any = None,
     log_space: bool = False,
-    floor: float = 1e-8,
-    burn_in: int | None = None,
+    floor: float | Tensor = 1e-8,
+    burn_in: int | Tensor | None = None,
     initial_decay: float | Tensor = 1.0,
     mask: Any = None,
     update: bool | Tensor = True,
@@ -239,8 +239,8 @@ def gradnorm(
     optimizer: _optim.Optimizer | None = None,
     norm_ratios: Any = None,
     log_space: bool = False,
-    floor: float = 1e-8,
-    burn_in: int | None = None,
+    floor: float | Tensor = 1e-8,
+    burn_in: int | Tensor | None = None,
     initial_decay: float | Tensor = 1.0,
 ) -> Balancer:
     r"""GradNorm with its hyperparameters bound.
@@ -406,12 +406,14 @@ def _ratios(norm_ratios: Any, weights: Tensor) -> Tensor:
     return rho
 
 
-def _check_hyper(alpha: float | Tensor, floor: float, burn_in: int | None, initial_decay: float | Tensor) -> None:
+def _check_hyper(
+    alpha: float | Tensor, floor: float | Tensor, burn_in: int | Tensor | None, initial_decay: float | Tensor
+) -> None:
     if not isinstance(alpha, Tensor) and not 0 <= alpha < float("inf"):
         raise ValueError(f"alpha={alpha} must be at least 0: 0 aims at equal norms, 1.5 is the paper's for NYUv2")
-    if not 0 < floor < 1:
+    if not isinstance(floor, Tensor) and not 0 < floor < 1:
         raise ValueError(f"floor={floor} is relative to the mean weight and must lie in (0, 1)")
-    if burn_in is not None and burn_in < 0:
+    if burn_in is not None and not isinstance(burn_in, Tensor) and burn_in < 0:
         raise ValueError(f"burn_in={burn_in} counts steps from 0 and cannot be negative")
     if not isinstance(initial_decay, Tensor) and not 0 <= initial_decay <= 1:
         raise ValueError(f"initial_decay={initial_decay} must lie in [0, 1]; 1 keeps the first losses as L(0)")
