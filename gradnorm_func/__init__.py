@@ -1,7 +1,9 @@
 """Loss balancing as pure functions on torch.func: GradNorm and its kin. Start at `gradnorm_grad`."""
 
 from gradnorm_func._analysis import task_cosine_similarity, task_grad_norms, task_grads, task_gramian
+from gradnorm_func._bridge import backward_from, fork, measure_from, measure_losses
 from gradnorm_func._check import check_seam
+from gradnorm_func._distributed import all_reduce
 from gradnorm_func._equal_norms import EqualNormsInfo, EqualNormsState, equal_norms
 from gradnorm_func._fixed_ratio import FixedRatioInfo, FixedRatioState, fixed_ratio
 from gradnorm_func._gradinit import (
@@ -24,6 +26,7 @@ from gradnorm_func._gradnorm import (
     reset_initial_losses,
 )
 from gradnorm_func._interop import check_finite, functional, load_state, log_dict, state_dict, write_grads
+from gradnorm_func._layers import LayerReport, layer_analysis
 from gradnorm_func._loss import multi_task_loss, shared_linear, stacked_heads, task_names
 from gradnorm_func._measure import measure
 from gradnorm_func._ntk import NTKInfo, NTKState, NTKStats, ntk, ntk_kernels
@@ -31,7 +34,6 @@ from gradnorm_func._optim import Optimizer, adam, sgd
 from gradnorm_func._rescale_adam import rescale_adam
 from gradnorm_func._rotation import random_rotations
 from gradnorm_func._rotograd import (
-    RotoGradInfo,
     rotograd,
     rotograd_accumulate,
     rotograd_balance,
@@ -39,18 +41,20 @@ from gradnorm_func._rotograd import (
     rotograd_init_state,
     rotograd_update,
 )
+from gradnorm_func._rotograd_balance import RotoGradInfo
 from gradnorm_func._rotograd_eval import fold_rotations, rotograd_task_fn
 from gradnorm_func._rotograd_measure import (
     RotoGradFactors,
     RotoGradStats,
     rotograd_factors,
     rotograd_measure,
-    rotograd_merge,
 )
+from gradnorm_func._rotograd_merge import rotograd_merge
 from gradnorm_func._rotograd_scale import RotoGradState
 from gradnorm_func._static import StaticInfo, StaticState, export, static
 from gradnorm_func._stats import TaskStats, merge
 from gradnorm_func._step import Balancer, balancer, mask_vector
+from gradnorm_func._sweep import SweepResult, sweep
 from gradnorm_func._train import train
 
 __version__ = "0.1.0"
@@ -65,6 +69,7 @@ __all__ = [
     "GradInitState",
     "GradNormInfo",
     "GradNormState",
+    "LayerReport",
     "NTKInfo",
     "NTKState",
     "NTKStats",
@@ -75,8 +80,11 @@ __all__ = [
     "RotoGradStats",
     "StaticInfo",
     "StaticState",
+    "SweepResult",
     "TaskStats",
     "adam",
+    "all_reduce",
+    "backward_from",
     "balance",
     "balancer",
     "check_finite",
@@ -85,6 +93,7 @@ __all__ = [
     "export",
     "fixed_ratio",
     "fold_rotations",
+    "fork",
     "functional",
     "gradinit",
     "gradinit_apply",
@@ -96,10 +105,13 @@ __all__ = [
     "gradnorm_grad",
     "gradnorm_update",
     "init_state",
+    "layer_analysis",
     "load_state",
     "log_dict",
     "mask_vector",
     "measure",
+    "measure_from",
+    "measure_losses",
     "merge",
     "multi_task_loss",
     "ntk",
@@ -122,6 +134,7 @@ __all__ = [
     "stacked_heads",
     "state_dict",
     "static",
+    "sweep",
     "task_cosine_similarity",
     "task_grad_norms",
     "task_grads",

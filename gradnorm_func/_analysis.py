@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradnorm_func import _tree
+from gradnorm_func._engine import full_precision
 from gradnorm_func._loss import LossFn
 from gradnorm_func._measure import as_tree, run_engine
 from gradnorm_func._tree import Where
@@ -120,12 +121,7 @@ def task_gramian(
         loss_fn, params, batch, where=where, task_grads=True,
         has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size,
     )  # fmt: skip
-    gram: Tensor | None = None
-    for leaf in measured.task_grads:
-        rows = leaf.reshape(leaf.shape[0], -1).to(torch.promote_types(leaf.dtype, torch.float32))
-        gram = rows @ rows.mT if gram is None else gram + rows @ rows.mT
-    assert gram is not None
-    return gram
+    return gramian_of(measured.task_grads)
 
 
 def task_cosine_similarity(
@@ -160,6 +156,22 @@ def task_cosine_similarity(
     gram = task_gramian(
         loss_fn, params, batch, where=where, has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size
     )
+    return cosines_of(gram)
+
+
+def gramian_of(task_grads: list[Tensor]) -> Tensor:
+    """(T, T) of leaves (T, ...), in at least float32."""
+    gram: Tensor | None = None
+    for leaf in task_grads:
+        rows = leaf.reshape(leaf.shape[0], -1).to(torch.promote_types(leaf.dtype, torch.float32))
+        with full_precision(rows):
+            gram = rows @ rows.mT if gram is None else gram + rows @ rows.mT
+    assert gram is not None
+    return gram
+
+
+def cosines_of(gram: Tensor) -> Tensor:
+    """(T, T) in [-1, 1]; 0 in the row and column of a gradient that is exactly zero."""
     norms = _tree.safe_sqrt(gram.diagonal())
     scale = torch.where(norms > 0, 1 / torch.where(norms > 0, norms, 1.0), 0.0)
     # Rounding must not make a cosine of more than 1.

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import reduce
-from typing import Any, NamedTuple, TypeAlias
+from functools import reduce, wraps
+from typing import Any, NamedTuple, ParamSpec, TypeAlias
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from gradnorm_func import _tree
+from gradnorm_func import _ownership, _tree
 from gradnorm_func._loss import wrong_count
+
+P = ParamSpec("P")
 
 # One leaf of z for all tasks: T tensors, or one (T, ...) tensor where the heads are stacked.
 PerTask: TypeAlias = list[Tensor] | Tensor
@@ -57,6 +59,21 @@ class Plan(NamedTuple):
     vectorize: bool
     chunk_size: int | None
     exchange: Exchange | None = None
+    loss_scale: float | Tensor | None = None  # of every cotangent of the losses
+
+    def seeds(self, cotangents: Tensor, dtype: torch.dtype) -> Tensor:
+        """The cotangents of the losses, which are of `dtype`, with the loss scale on them."""
+        if self.loss_scale is not None:  # in float32: the scale alone may be too large for float16
+            cotangents = cotangents.to(wide(cotangents)) * self.loss_scale
+        return cotangents.to(dtype)
+
+    def widened(self, rows: Tensor) -> Tensor:
+        """Gradients in a dtype from which the loss scale can be taken."""
+        return rows if self.loss_scale is None else rows.to(wide(rows))
+
+    def unscaled(self, rows: Tensor) -> Tensor:
+        """Gradients or norms that carry the loss scale, without it, in float32 at least."""
+        return rows if self.loss_scale is None else self.widened(rows) / self.loss_scale
 
     def check_count(self, vector: Tensor) -> None:
         """There must be as many weights as losses."""
@@ -75,13 +92,63 @@ def quiet() -> Callable[[], AbstractContextManager[Any]]:
 
 def vjp_aux(fn: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any], Any]:
     """torch.func.vjp with aux: (output, pullback, aux)."""
-    out: tuple[Any, Callable[..., Any], Any] = vjp(fn, *primals, has_aux=True)  # type: ignore[assignment]
-    return out
+    out, pull, aux = vjp(fn, *primals, has_aux=True)  # type: ignore[misc]
+    like = _tree.flatten(out)[0][0]
+
+    def pull_as_recorded(cotangents: Any, **options: Any) -> Any:
+        with full_precision(like):
+            return pull(cotangents, **options)
+
+    return out, pull_as_recorded, aux
 
 
-def pull_all(pull: Callable[[Any], Any], cotangents: Any, plan: Plan) -> Any:
+def full_precision(like: Tensor) -> AbstractContextManager[Any]:
+    """Without the autocast that may surround us, on the device of `like`.
+
+    A backward pass takes its dtypes from the forward pass, and our own sums are not the user's to round.
+    """
+    kind = like.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+def fresh_casts(engine: Callable[P, Measured]) -> Callable[P, Measured]:
+    """The engine, with nothing left of the casts of parameters that autocast remembers.
+
+    It remembers them until the user's autocast ends, and torch.func wraps the parameters anew in every pass: under an
+    autocast around a whole training loop, memory would grow by a copy of the parameters with every step.
+    """
+
+    @wraps(engine)
+    def run(*args: P.args, **keywords: P.kwargs) -> Measured:
+        if torch.compiler.is_compiling():
+            return engine(*args, **keywords)
+        torch.clear_autocast_cache()
+        try:
+            return engine(*args, **keywords)
+        finally:
+            torch.clear_autocast_cache()
+
+    return run
+
+
+def unbatchable(outputs: Any) -> bool:
+    """Whether vmap cannot run the backward pass of these: eager PyTorch has no rule for a normalisation layer that
+    reads an input of one dtype and parameters or buffers of another, as under autocast. A compiler has."""
+    if torch.compiler.is_compiling():
+        return False
+    for node in _ownership.nodes(outputs):
+        if "Norm" in node.name():
+            read = (getattr(node, f"_saved_{name}", None) for name in ("input", "weight", "running_mean"))
+            if len({tensor.dtype for tensor in read if isinstance(tensor, Tensor)}) > 1:
+                return True
+    return False
+
+
+def pull_all(pull: Callable[[Any], Any], cotangents: Any, plan: Plan, one_by_one: bool = False) -> Any:
     """The pullback over a leading task axis of the cotangents: vectorised, in chunks, or as a loop."""
-    if plan.vectorize:
+    if plan.vectorize and not one_by_one:
         return vmap(pull, chunk_size=plan.chunk_size)(cotangents)
     leaves, treedef = _tree.flatten(cotangents)
     pulled = [pull(_tree.unflatten(treedef, [leaf[i] for leaf in leaves])) for i in range(leaves[0].shape[0])]
@@ -119,6 +186,18 @@ def split_aux(out: Any, has_aux: bool, name: str = "loss_fn") -> tuple[Any, Any]
     if not (isinstance(out, tuple) and len(out) == 2):
         raise ValueError(f"has_aux=True, so {name} must return (losses, aux), not {type(out).__name__}")
     return out
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """float32, or the dtype of x where that is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def weighted_rows(weights: Tensor, rows: Tensor) -> Tensor:
+    """Σ w_i rows_i, of rows (T, ...)."""
+    with full_precision(rows):
+        total: Tensor = torch.tensordot(weights.to(wide(rows)), rows.to(wide(rows)), 1)
+    return total.to(rows.dtype)
 
 
 def row_norms(leaves: list[Tensor]) -> Tensor:

@@ -36,8 +36,8 @@ def fixed_ratio(
     ratios: Any = None,
     *,
     where: Where = None,
-    budget: float = 1.0,
-    decay: float = 0.999,
+    budget: float | Tensor = 1.0,
+    decay: float | Tensor = 0.999,
     per_example: bool = True,
     eps: float = 1e-12,
 ) -> Balancer:
@@ -62,7 +62,8 @@ def fixed_ratio(
     Returns:
         Balancer(init, update, grad, balance), `init(num_tasks, *, dtype=None, device=None)`. A state that has seen no
         step has the weights R ρ_i / Σ ρ_j, which only matter where weights from before the step are used
-        (`measure(..., weights=state.weights)` for accumulation).
+        (`measure(..., weights=state.weights)`). With `micro_batches` or `reduce` a step takes two passes over the
+        batch, the first for the norms of the whole; what is random in the loss is drawn anew in the second.
 
     Raises:
         ValueError: for ratios that are negative, all zero or not T, or other hyperparameters out of range.
@@ -78,9 +79,9 @@ def fixed_ratio(
     Source: `Balancer` of facebookresearch/encodec. Departures: the moving averages are state, the device is never
     asked, and a step with a loss or norm that is not finite changes nothing.
     """
-    if not budget > 0:
+    if not isinstance(budget, Tensor) and not budget > 0:
         raise ValueError(f"budget={budget} must be positive")
-    if not 0 <= decay < 1:
+    if not isinstance(decay, Tensor) and not 0 <= decay < 1:
         raise ValueError(f"decay={decay} must lie in [0, 1); 0 uses this step's norms alone")
     if not eps >= 0:
         raise ValueError(f"eps={eps} must not be negative")

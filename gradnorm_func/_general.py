@@ -12,25 +12,42 @@ import torch
 from torch import Tensor
 
 from gradnorm_func import _tree
-from gradnorm_func._engine import AuxBox, Measured, Plan, pull_all, quiet, row_norms, split_aux, vjp_aux
+from gradnorm_func._engine import (
+    AuxBox,
+    Measured,
+    Plan,
+    fresh_casts,
+    pull_all,
+    quiet,
+    row_norms,
+    split_aux,
+    unbatchable,
+    vjp_aux,
+    weighted_rows,
+    wide,
+)
 from gradnorm_func._loss import LossFn, task_vector
 
 
+@fresh_casts
 def general(loss_fn: LossFn, params: Any, batch: Any, plan: Plan) -> Measured:
     """All that `plan` asks for, of any loss_fn."""
     leaves, treedef = _tree.flatten(params)
     at = plan.at if plan.at is not None else list(range(len(leaves)))
     box, shape = AuxBox(), AuxBox()
+    one_by_one = False
 
     def evaluate(all_leaves: list[Tensor]) -> tuple[Tensor, Any]:
+        nonlocal one_by_one
         losses, aux = split_aux(loss_fn(_tree.unflatten(treedef, all_leaves), batch), plan.has_aux)
         vector = task_vector(losses)
         plan.check_count(vector)
+        one_by_one = plan.norms and plan.vectorize and unbatchable([vector])
         return vector, (shape.strip(losses), box.strip(aux))
 
     def jacobian(pull_w: Callable[[Tensor], Any], vector: Tensor) -> list[Tensor]:
-        eye = torch.eye(vector.shape[0], dtype=vector.dtype, device=vector.device)
-        return list(pull_all(pull_w, eye, plan)[0])
+        eye = torch.eye(vector.shape[0], dtype=wide(vector), device=vector.device)
+        return list(pull_all(pull_w, plan.seeds(eye, vector.dtype), plan, one_by_one)[0])
 
     def at_w(all_leaves: list[Tensor]) -> tuple[Tensor, Any]:
         """The losses as a function of everything, and as aux their Jacobian with respect to W alone."""
@@ -55,11 +72,10 @@ def general(loss_fn: LossFn, params: Any, batch: Any, plan: Plan) -> Measured:
             norms = row_norms(task_grads)
         if plan.weights is not None:
             weights = plan.weights(vector, norms, ()) if callable(plan.weights) else plan.weights
-            weights = weights.to(vector.dtype)
             if plan.norms and len(at) == len(leaves):  # the rows are there already: Σ w_i ∇L_i without a backward
-                grads = [torch.tensordot(weights.to(rows.dtype), rows, 1) for rows in task_grads]
+                grads = [weighted_rows(weights, rows) for rows in task_grads]
             else:
-                grads = list(pull(weights)[0])
+                grads = list(pull(plan.seeds(weights, vector.dtype))[0])
     structure, aux_tensors = kept
     return Measured(
         shape.fill(structure), vector, norms, (), task_grads if plan.task_grads else (), grads, box.fill(aux_tensors)

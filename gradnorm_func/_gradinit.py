@@ -217,8 +217,20 @@ def gradinit_step(
         else:
             rate = eta if normalize or p == 1 else eta * norm
             moved = [leaf - rate * part for leaf, part in zip(moving, cotangent, strict=True)]
-            grads_after, after = loss_and_grads(moved, batch if batch_after is None else batch_after)
-            objective, objective_grads = after / eta, per_scale(grads_after) / (factor * eta)
+            data = batch if batch_after is None else batch_after
+
+            def below(*moved: Tensor) -> tuple[Tensor, Tensor]:
+                grads_after, after = loss_and_grads(list(moved), data)
+                return after / eta, per_scale(grads_after) / (factor * eta)
+
+            def nothing(*moved: Tensor) -> tuple[Tensor, Tensor]:
+                return torch.zeros_like(norm), torch.zeros_like(state.scales)
+
+            # Compiled for a CPU, where asking costs nothing, the branch that is not taken is not run either.
+            if torch.compiler.is_compiling() and above.device.type == "cpu" and not _tree.inside_transform():
+                objective, objective_grads = torch.cond(above, nothing, below, tuple(moved))
+            else:
+                objective, objective_grads = below(*moved)
 
         objective = torch.where(above, norm, objective)
         scale_grads = torch.where(above, norm_grads, objective_grads)

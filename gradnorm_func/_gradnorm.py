@@ -10,7 +10,7 @@ from torch import Tensor
 from gradnorm_func import _optim, _tree
 from gradnorm_func._loss import LossFn, task_vector
 from gradnorm_func._stats import TaskStats
-from gradnorm_func._step import Balancer, balancer, check_state, choose, here_of, vectors, weighted_total
+from gradnorm_func._step import Balancer, Reduce, balancer, check_state, choose, here_of, vectors, weighted_total
 from gradnorm_func._tree import Where
 
 
@@ -118,8 +118,8 @@ def balance(
     optimizer: _optim.Optimizer | None = None,
     norm_ratios: Any = None,
     log_space: bool = False,
-    floor: float = 1e-8,
-    burn_in: int | None = None,
+    floor: float | Tensor = 1e-8,
+    burn_in: int | Tensor | None = None,
     initial_decay: float | Tensor = 1.0,
     mask: Any = None,
     update: bool | Tensor = True,
@@ -239,8 +239,8 @@ def gradnorm(
     optimizer: _optim.Optimizer | None = None,
     norm_ratios: Any = None,
     log_space: bool = False,
-    floor: float = 1e-8,
-    burn_in: int | None = None,
+    floor: float | Tensor = 1e-8,
+    burn_in: int | Tensor | None = None,
     initial_decay: float | Tensor = 1.0,
 ) -> Balancer:
     r"""GradNorm with its hyperparameters bound.
@@ -291,9 +291,12 @@ def gradnorm_grad(
     optimizer: _optim.Optimizer | None = None,
     mask: Any = None,
     update: bool | Tensor = True,
+    micro_batches: int | None = None,
+    reduce: Reduce | None = None,
     has_aux: bool = False,
     vectorize: bool = True,
     chunk_size: int | None = None,
+    loss_scale: float | Tensor | None = None,
     **hyper: Any,
 ) -> Any:
     r"""What a training step needs, from one pass: the gradient of :math:`\sum_i w_i L_i`, and the new weights.
@@ -302,9 +305,17 @@ def gradnorm_grad(
 
     Args:
         state: from `init_state`.
-        params, loss_fn, batch, where, has_aux, vectorize, chunk_size: as in `measure`.
+        params, loss_fn, batch, where, has_aux, vectorize, chunk_size, loss_scale: as in `measure`. With a `loss_scale`
+            the gradients come back multiplied by it, and a step in which any of them is not finite changes nothing.
         alpha, optimizer, mask, update: as in `balance`; so are the remaining keywords, `norm_ratios`, `log_space`,
             `floor`, `burn_in`, `initial_decay`. `update=False` costs what a plain step costs.
+        micro_batches: cut every tensor of the batch along its first axis into that many parts, measure one at a
+            time, and balance once: exact if the losses are means over examples and no layer looks across them (batch
+            norm). Parts may differ by one example; if the tensors are of several lengths (a PINN's points), the number
+            must divide them all. Other leaves and 0-d tensors go into every part. aux is then a list, one per part.
+        reduce: stats -> stats, applied once before balancing: `gn.all_reduce` for data parallelism, and
+            `partial(gn.all_reduce, group=group)` for a process group. Every rank weighs as much as it has examples,
+            the tensors of its batch being of one length; otherwise all weigh the same. `mask` is that of the whole.
 
     Returns:
         (grads, state, info): gradients in the structure of params, the new GradNormState, and GradNormInfo.
@@ -326,7 +337,8 @@ def gradnorm_grad(
     bound = gradnorm(alpha=alpha, where=where, optimizer=optimizer, **hyper)
     return bound.grad(
         state, params, loss_fn, batch,
-        mask=mask, update=update, has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size,
+        mask=mask, update=update, micro_batches=micro_batches, reduce=reduce,
+        has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size, loss_scale=loss_scale,
     )  # fmt: skip
 
 
@@ -341,9 +353,12 @@ def gradnorm_update(
     optimizer: _optim.Optimizer | None = None,
     mask: Any = None,
     update: bool | Tensor = True,
+    micro_batches: int | None = None,
+    reduce: Reduce | None = None,
     has_aux: bool = False,
     vectorize: bool = True,
     chunk_size: int | None = None,
+    loss_scale: float | Tensor | None = None,
     **hyper: Any,
 ) -> Any:
     r"""The new weight state alone, for those who take the gradient of :math:`\sum_i w_i L_i` themselves.
@@ -367,7 +382,8 @@ def gradnorm_update(
     bound = gradnorm(alpha=alpha, where=where, optimizer=optimizer, **hyper)
     return bound.update(
         state, params, loss_fn, batch,
-        mask=mask, update=update, has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size,
+        mask=mask, update=update, micro_batches=micro_batches, reduce=reduce,
+        has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size, loss_scale=loss_scale,
     )  # fmt: skip
 
 
@@ -390,12 +406,14 @@ def _ratios(norm_ratios: Any, weights: Tensor) -> Tensor:
     return rho
 
 
-def _check_hyper(alpha: float | Tensor, floor: float, burn_in: int | None, initial_decay: float | Tensor) -> None:
+def _check_hyper(
+    alpha: float | Tensor, floor: float | Tensor, burn_in: int | Tensor | None, initial_decay: float | Tensor
+) -> None:
     if not isinstance(alpha, Tensor) and not 0 <= alpha < float("inf"):
         raise ValueError(f"alpha={alpha} must be at least 0: 0 aims at equal norms, 1.5 is the paper's for NYUv2")
-    if not 0 < floor < 1:
+    if not isinstance(floor, Tensor) and not 0 < floor < 1:
         raise ValueError(f"floor={floor} is relative to the mean weight and must lie in (0, 1)")
-    if burn_in is not None and burn_in < 0:
+    if burn_in is not None and not isinstance(burn_in, Tensor) and burn_in < 0:
         raise ValueError(f"burn_in={burn_in} counts steps from 0 and cannot be negative")
     if not isinstance(initial_decay, Tensor) and not 0 <= initial_decay <= 1:
         raise ValueError(f"initial_decay={initial_decay} must lie in [0, 1]; 1 keeps the first losses as L(0)")

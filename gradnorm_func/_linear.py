@@ -6,18 +6,19 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.func import vjp, vmap
+from torch.func import vmap
 
 from gradnorm_func import _tree
-from gradnorm_func._engine import PerTask
+from gradnorm_func._engine import PerTask, full_precision, vjp_aux, wide
 from gradnorm_func._loss import SharedLinear
 
 
 def before_activation(layer: SharedLinear, y: Tensor, z_grads: PerTask) -> PerTask:
     """∂L_i/∂y from ∂L_i/∂z, z = activation(y), task by task."""
-    if layer.activation is None:
+    activation = layer.activation
+    if activation is None:
         return z_grads
-    pull: Callable[[Tensor], tuple[Tensor]] = vjp(layer.activation, y)[1]
+    pull = vjp_aux(lambda y: (activation(y), ()), y)[1]
     return each(lambda z_grad: pull(z_grad)[0], z_grads)
 
 
@@ -31,10 +32,11 @@ def each(fn: Callable[[Tensor], Tensor], per_task: PerTask) -> PerTask:
 
 def gradients(h: Tensor, y_grads: Tensor, wanted: tuple[bool, bool]) -> list[Tensor]:
     """The gradients themselves, (T, out, in) of the weight and (T, out) of the bias, those of the two wanted."""
-    rows = h.reshape(-1, h.shape[-1])
+    rows = h.reshape(-1, h.shape[-1]).to(y_grads.dtype)  # in what the layer was computed in
     cotangents = y_grads.reshape(y_grads.shape[0], -1, y_grads.shape[-1])
-    # The transposed product with the view turned back: bmm is a fifth faster that way round.
-    weight = torch.bmm(rows.mT.expand(cotangents.shape[0], -1, -1), cotangents).mT if wanted[0] else None
+    with full_precision(h):
+        # The transposed product with the view turned back: bmm is a fifth faster that way round.
+        weight = torch.bmm(rows.mT.expand(cotangents.shape[0], -1, -1), cotangents).mT if wanted[0] else None
     bias = cotangents.sum(1) if wanted[1] else None
     return [grad for grad in (weight, bias) if grad is not None]
 
@@ -46,23 +48,27 @@ def norms(h: Tensor, y_grads: PerTask, wanted: tuple[bool, bool]) -> Tensor:
     identity its square norm is :math:`\langle B_i B_i^\top, H H^\top\rangle`, which needs no (out, in) matrix.
     The bias is one more column of ones in H.
     """
-    rows = h.reshape(-1, h.shape[-1])
+    rows = h.reshape(-1, h.shape[-1]).to(y_grads[0].dtype)
     (n, d_in), d_out, num_tasks = rows.shape, y_grads[0].shape[-1], len(y_grads)
-    wide = torch.promote_types(y_grads[0].dtype, torch.float32)
     by_gram = wanted[0] and num_tasks * n * d_out * d_in > num_tasks * n * n * d_out + n * n * d_in
-    inputs = (rows @ rows.mT).to(wide) + float(wanted[1]) if by_gram else None
-    squares = each(lambda y_grad: _square(rows, y_grad.reshape(n, d_out), inputs, wanted, wide), y_grads)
+    with full_precision(h):
+        inputs = _products(rows) + float(wanted[1]) if by_gram else None
+        squares = each(lambda y_grad: _square(rows, y_grad.reshape(n, d_out), inputs, wanted), y_grads)
     return _tree.safe_sqrt(squares if isinstance(squares, Tensor) else torch.stack(squares))
 
 
-def _square(
-    rows: Tensor, cotangent: Tensor, inputs: Tensor | None, wanted: tuple[bool, bool], wide: torch.dtype
-) -> Tensor:
+def _products(x: Tensor) -> Tensor:
+    """X Xᵀ, in float32 at least: squares leave the range of float16, and in their sum much may cancel."""
+    x = x.to(wide(x))
+    return x @ x.mT
+
+
+def _square(rows: Tensor, cotangent: Tensor, inputs: Tensor | None, wanted: tuple[bool, bool]) -> Tensor:
     """The square norm of one task; `inputs` is H Hᵀ where the Gram identity is the cheaper way."""
     if inputs is not None:
         # Rounding can take the square of a vanishing norm below zero.
-        return ((cotangent @ cotangent.mT).to(wide) * inputs).sum().clamp(min=0)
+        return (_products(cotangent) * inputs).sum().clamp(min=0)
     parts = [rows.mT @ cotangent] if wanted[0] else []
-    parts += [cotangent.sum(0)] if wanted[1] else []
-    squares = [part.to(wide).square().sum() for part in parts]
+    parts += [cotangent.sum(0, dtype=wide(cotangent))] if wanted[1] else []
+    squares = [part.to(wide(part)).square().sum() for part in parts]
     return squares[0] if len(squares) == 1 else squares[0] + squares[1]

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from gradnorm_func import _tree
-from gradnorm_func._engine import Measured, Plan, Weights
+from gradnorm_func._engine import Measured, Plan, Weights, wide
 from gradnorm_func._general import general
 from gradnorm_func._loss import LossFn, MultiTaskLoss, StackedHeads
 from gradnorm_func._seam import seam
 from gradnorm_func._separable import separable
+from gradnorm_func._sharded import run_sharded, sharded
 from gradnorm_func._stats import TaskStats
 from gradnorm_func._tree import Where
 
@@ -34,6 +35,7 @@ def measure(
     has_aux: bool = False,
     vectorize: bool = True,
     chunk_size: int | None = None,
+    loss_scale: float | Tensor | None = None,
 ) -> Any:
     r"""One pass: the T losses, what a balancer needs of each task's gradient at W, and :math:`\nabla \sum_i w_i L_i`.
 
@@ -54,13 +56,18 @@ def measure(
         has_aux: then `loss_fn` returns (losses, aux), and so does this function: (stats, aux).
         vectorize: False pulls back task by task in a loop, for operations without a batching rule.
         chunk_size: at most that many tasks at a time in the vectorised pass, to bound memory.
+        loss_scale: multiplies the losses before the backward pass, so that gradients in float16 do not underflow: a
+            positive number or a 0-d tensor, of which no value is asked. Norms and task gradients come without it, in
+            float32; `grads` still carries it, as what `scaler.scale(loss).backward()` leaves behind does: leave it to
+            `torch.amp.GradScaler`, or divide by it.
 
     Returns:
-        TaskStats, or (TaskStats, aux).
+        TaskStats, or (TaskStats, aux). Losses and norms are at least float32, `grads` are as the parameters are.
 
     Raises:
         ValueError: for a path that matches nothing, parameters that are not floating point, losses that are not
-            scalars, or an aux that does not come.
+            scalars, or an aux that does not come; for parameters that an FSDP2 module shards, which torch.func cannot
+            differentiate (`fork` and `measure_losses` are for those).
 
     Example:
         >>> import torch, gradnorm_func as gn
@@ -70,6 +77,7 @@ def measure(
         >>> stats.grad_norms, stats.grads
         (tensor([ 1., 10.]), {'w': tensor([4., 4.])})
     """
+    at_z = where is None and isinstance(loss_fn, MultiTaskLoss) and loss_fn.backbone is not None
     measured = run_engine(
         loss_fn,
         params,
@@ -77,12 +85,12 @@ def measure(
         weights=weights,
         where=where,
         norms=norms,
-        task_grads=not norms_only,
+        task_grads=not (norms_only or at_z),
         has_aux=has_aux,
         vectorize=vectorize,
         chunk_size=chunk_size,
+        loss_scale=loss_scale,
     )
-    at_z = isinstance(measured.example_norms, Tensor)
     stats = TaskStats(
         losses=measured.vector,
         grad_norms=measured.grad_norms,
@@ -106,9 +114,10 @@ def run_engine(
     has_aux: bool = False,
     vectorize: bool = True,
     chunk_size: int | None = None,
+    loss_scale: float | Tensor | None = None,
     force_general: bool = False,
 ) -> Measured:
-    """The engine that fits `loss_fn`, run once."""
+    """The engine that fits `loss_fn`, run once. Only `grads` still carry the loss scale."""
     if not callable(loss_fn):
         raise ValueError(
             f"loss_fn={type(loss_fn).__name__} must be a function (params, batch) -> losses; "
@@ -116,14 +125,38 @@ def run_engine(
         )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1, or None for all tasks at once")
+    if loss_scale is not None and (
+        loss_scale.ndim != 0 if isinstance(loss_scale, Tensor) else not 0 < loss_scale < float("inf")
+    ):
+        raise ValueError(f"loss_scale={loss_scale} must be a positive number or a 0-d tensor; 2.0**16 is a usual start")
     _tree.check_params(params)
     at = None if where is None else _tree.select(params, where)
-    plan = Plan(weights, at, norms, task_grads, has_aux, vectorize, chunk_size)
-    engine = _engine_of(loss_fn, params, plan, force_general)
-    if torch.compiler.is_compiling():
+    plan = Plan(weights, at, norms, task_grads, has_aux, vectorize, chunk_size, loss_scale=loss_scale)
+    if callable(weights):
+        choose = weights
+
+        def choose_unscaled(losses: Tensor, *norms: Any) -> Tensor:
+            return choose(losses.to(wide(losses)), *_tree.tree_map(plan.unscaled, norms))
+
+        plan = plan._replace(weights=choose_unscaled)
+    engine = _engine_for(loss_fn, params, plan, force_general)
+
+    def run() -> Measured:
+        if sharded(_tree.flatten(params)[0]):
+            return run_sharded(engine, loss_fn, params, batch, plan)
         return engine(loss_fn, params, batch, plan)
+
+    measured = run() if torch.compiler.is_compiling() else _explained(run)
+    norms_and_grads = (measured.grad_norms, measured.example_norms, measured.task_grads)
+    unscaled = _tree.tree_map(plan.unscaled, norms_and_grads)
+    vector = measured.vector.to(wide(measured.vector))
+    return measured._replace(vector=vector, grad_norms=unscaled[0], example_norms=unscaled[1], task_grads=unscaled[2])
+
+
+def _explained(run: Callable[[], Measured]) -> Measured:
+    """What `run` returns; if it fails as classic autograd inside torch.func does, with what to do about it."""
     try:
-        return engine(loss_fn, params, batch, plan)
+        return run()
     except RuntimeError as error:
         if any(sign in str(error) for sign in AUTOGRAD_INSIDE):
             raise RuntimeError(
@@ -135,8 +168,7 @@ def run_engine(
         raise
 
 
-def _engine_of(loss_fn: LossFn, params: Any, plan: Plan, force_general: bool) -> Callable[..., Measured]:
-    """Of the three, the one that makes most of what is known of the loss."""
+def _engine_for(loss_fn: LossFn, params: Any, plan: Plan, force_general: bool) -> Callable[..., Measured]:
     if not isinstance(loss_fn, MultiTaskLoss):
         return general
     if plan.has_aux != loss_fn.has_aux:

@@ -82,7 +82,11 @@ def sgd(learning_rate: float | Tensor | Schedule) -> Optimizer:
 
 
 def adam(
-    learning_rate: float | Tensor | Schedule = 0.025, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+    learning_rate: float | Tensor | Schedule = 0.025,
+    *,
+    b1: float | Tensor = 0.9,
+    b2: float | Tensor = 0.999,
+    eps: float | Tensor = 1e-8,
 ) -> Optimizer:
     r"""Adam with bias correction, :math:`w \leftarrow w - \eta_t \hat m / (\sqrt{\hat v} + \epsilon)`.
 
@@ -110,9 +114,9 @@ def adam(
     """
     _check_rate(learning_rate)
     for name, decay in (("b1", b1), ("b2", b2)):
-        if not 0 <= decay < 1:
+        if not isinstance(decay, Tensor) and not 0 <= decay < 1:
             raise ValueError(f"{name}={decay} must lie in [0, 1)")
-    if not eps > 0:
+    if not isinstance(eps, Tensor) and not eps > 0:
         raise ValueError(f"eps={eps} must be positive: it keeps the step finite where the gradient is zero")
 
     def init(weights: Tensor) -> AdamState:
@@ -124,8 +128,10 @@ def adam(
         mean = b1 * state.mean + (1 - b1) * grad
         square = b2 * state.square + (1 - b2) * grad * grad
         power = count.to(grad.dtype)
-        mean_hat = mean / (1 - b1**power)
-        square_hat = square / (1 - b2**power)
+        # Stacked, or a compiler would inline the powers and take them again for every element.
+        correct_mean, correct_square = (1 - torch.stack([b1**power, b2**power])).unbind()
+        mean_hat = mean / correct_mean
+        square_hat = square / correct_square
         step = -_rate(learning_rate, state.step) * mean_hat / (_tree.safe_sqrt(square_hat) + eps)
         return step, AdamState(count, mean, square)
 

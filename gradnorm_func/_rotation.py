@@ -194,7 +194,10 @@ def _inverse(matrix: Tensor) -> Tensor:
     """
     size = matrix.shape[-1]
     if size <= 16:
-        inverse: Tensor = torch.linalg.inv_ex(matrix)[0]
+        # What linalg.inv_ex does, in half the time: it looks at its input, and at the result.
+        factors, pivots, _ = torch.linalg.lu_factor_ex(matrix)
+        eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+        inverse: Tensor = torch.linalg.lu_solve(factors, pivots, eye.expand_as(matrix))
         return inverse
     h = size // 2
     a, b = matrix[..., :h, :h], matrix[..., :h, h:]

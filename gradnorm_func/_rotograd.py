@@ -2,50 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradnorm_func import _tree
-from gradnorm_func._engine import quiet
 from gradnorm_func._loss import LossFn, task_vector
-from gradnorm_func._rotation import MAPS, polish, skew, tangent_gradient, turn
-from gradnorm_func._rotograd_measure import (
-    RotoGradStats,
-    backbone_initial,
-    bind,
-    check_state,
-    factors_of,
-    rescaled,
-    rotograd_merge,
-    run,
-)
-from gradnorm_func._rotograd_scale import (
-    Hyper,
-    Numbers,
-    RotoGradState,
-    diagonal,
-    hyperparameters,
-    numbers,
-    weight_gradient,
-)
-from gradnorm_func._step import Balancer, choose, here_of
-
-
-class RotoGradInfo(NamedTuple):
-    """What one would log of a step; all taken before the rotations and weights moved."""
-
-    losses: Tensor  # (T,) L_k
-    weights: Tensor  # (T,) f_k: what ∂L_k/∂z is multiplied by on its way into the backbone
-    head_norms: Tensor  # (T,) ‖∂L_k/∂r_k‖, at what the head sees: before the gradients are rotated back
-    grad_norms: Tensor  # (T,) ‖∂L_k/∂z‖, after it: the same but for rounding
-    head_cosines: Tensor  # (T, T) between the ∂L_k/∂r_k: what they would be without rotations
-    cosines: Tensor  # (T, T) between the ∂L_k/∂z: negative is conflict
-    rotation_losses: Tensor  # (T,) L_rot^k
-    total_loss: Tensor  # () Σ L_k, with the backbone's own
-    finite: Tensor  # () bool: False means that the state was left as it was; `check_finite` says why
+from gradnorm_func._micro import split
+from gradnorm_func._rotograd_balance import RotoGradInfo
+from gradnorm_func._rotograd_balance import balance as balanced
+from gradnorm_func._rotograd_measure import RotoGradStats, bind, check_state, run
+from gradnorm_func._rotograd_merge import in_parts
+from gradnorm_func._rotograd_scale import Hyper, RotoGradState, hyperparameters
+from gradnorm_func._step import Balancer
 
 
 def rotograd_init_state(
@@ -111,7 +81,7 @@ def rotograd_balance(
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    return _balance(state, stats, bind(state, hyper), mask, update)
+    return balanced(state, stats, bind(state, hyper), mask, update)
 
 
 def rotograd(rotation_shape: int | tuple[int, ...], **hyper: Any) -> Balancer:
@@ -196,31 +166,39 @@ def rotograd(rotation_shape: int | tuple[int, ...], **hyper: Any) -> Balancer:
 
     def grad(
         state: RotoGradState, params: Any, loss_fn: LossFn, batch: Any, *, mask: Any = None,
-        update: bool | Tensor = True, has_aux: bool = False,
+        update: bool | Tensor = True, micro_batches: int | None = None, reduce: Any = None, has_aux: bool = False,
     ) -> Any:  # fmt: skip
-        check_state(state)
-        moments = update is not False
-        stats, aux = run(state, params, loss_fn, batch, bound, mask=mask, moments=moments, has_aux=has_aux)
-        state, info = _balance(state, stats, bound, mask, update)
+        if micro_batches is None and reduce is None:
+            moments = update is not False
+            stats, aux = run(state, params, loss_fn, batch, bound, mask=mask, moments=moments, has_aux=has_aux)
+        else:
+            check_state(state)
+            parts = split(batch, micro_batches)
+            stats, aux = in_parts(state, params, loss_fn, parts, bound, mask=mask, reduce=reduce, has_aux=has_aux)
+            aux = aux[0] if micro_batches is None else aux
+        state, info = balanced(state, stats, bound, mask, update)
         return (stats.grads, state, info, aux) if has_aux else (stats.grads, state, info)
 
     def update(
         state: RotoGradState, params: Any, loss_fn: LossFn, batch: Any, *, mask: Any = None,
-        update: bool | Tensor = True, has_aux: bool = False,
+        update: bool | Tensor = True, micro_batches: int | None = None, reduce: Any = None, has_aux: bool = False,
     ) -> Any:  # fmt: skip
         check_state(state)
         if update is False and not has_aux:
             return state
-        moments = update is not False
-        stats, aux = run(state, params, loss_fn, batch, bound, mask=mask, grads=False, moments=moments, has_aux=has_aux)
-        state, _ = _balance(state, stats, bound, mask, update)
+        options: dict[str, Any] = {"mask": mask, "grads": False, "has_aux": has_aux}
+        if micro_batches is None and reduce is None:
+            stats, aux = run(state, params, loss_fn, batch, bound, moments=update is not False, **options)
+        else:
+            stats, aux = in_parts(state, params, loss_fn, split(batch, micro_batches), bound, reduce=reduce, **options)
+            aux = aux[0] if micro_batches is None else aux
+        state, _ = balanced(state, stats, bound, mask, update)
         return (state, aux) if has_aux else state
 
     def balance(
         state: RotoGradState, stats: RotoGradStats, *, mask: Any = None, update: bool | Tensor = True
     ) -> tuple[RotoGradState, RotoGradInfo]:
-        check_state(state)
-        return _balance(state, stats, bound, mask, update)
+        return balanced(state, stats, bound, mask, update)
 
     return Balancer(init, update, grad, balance)
 
@@ -233,6 +211,8 @@ def rotograd_grad(
     *,
     mask: Any = None,
     update: bool | Tensor = True,
+    micro_batches: int | None = None,
+    reduce: Callable[[Any], Any] | None = None,
     has_aux: bool = False,
     **hyper: Any,
 ) -> Any:
@@ -247,6 +227,9 @@ def rotograd_grad(
         mask: the tasks present in this batch, (T,) bool or a pytree like the losses. The others keep their rotations
             and weights, and do not count in the mean.
         update: False, or a 0-d bool tensor that is False, freezes the state.
+        micro_batches, reduce: as in `gradnorm_grad`. Every part is run twice then, for the backbone's factors need the
+            norms of the whole batch; `reduce` is applied to the RotoGradStats of the first run and to TaskStats that
+            hold the gradients of the second, both of which `gn.all_reduce` takes.
         **hyper: as in `rotograd`; `rotation_shape` is that of the state unless given.
 
     Returns:
@@ -266,7 +249,10 @@ def rotograd_grad(
         tensor([1., 3.])
     """
     method = rotograd(hyper.pop("rotation_shape", _size(state)), **hyper)
-    return method.grad(state, params, loss_fn, batch, mask=mask, update=update, has_aux=has_aux)
+    return method.grad(
+        state, params, loss_fn, batch,
+        mask=mask, update=update, micro_batches=micro_batches, reduce=reduce, has_aux=has_aux,
+    )  # fmt: skip
 
 
 def rotograd_update(
@@ -277,6 +263,8 @@ def rotograd_update(
     *,
     mask: Any = None,
     update: bool | Tensor = True,
+    micro_batches: int | None = None,
+    reduce: Callable[[Any], Any] | None = None,
     has_aux: bool = False,
     **hyper: Any,
 ) -> Any:
@@ -298,7 +286,10 @@ def rotograd_update(
         1
     """
     method = rotograd(hyper.pop("rotation_shape", _size(state)), **hyper)
-    return method.update(state, params, loss_fn, batch, mask=mask, update=update, has_aux=has_aux)
+    return method.update(
+        state, params, loss_fn, batch,
+        mask=mask, update=update, micro_batches=micro_batches, reduce=reduce, has_aux=has_aux,
+    )  # fmt: skip
 
 
 def rotograd_accumulate(
@@ -347,20 +338,9 @@ def rotograd_accumulate(
     parts = list(batches)
     counts = [1.0] * len(parts) if num_examples is None else list(num_examples)
     bound = bind(state, hyper)
-
-    def passes(**keywords: Any) -> RotoGradStats:
-        found = [
-            run(state, params, loss_fn, part, bound, mask=mask, cross=True, **keywords)[0]._replace(num_examples=count)
-            for part, count in zip(parts, counts, strict=True)
-        ]
-        return rotograd_merge(*found)
-
-    if not exact:
-        stats = passes()
-        return (stats.grads, *_balance(state, stats, bound, mask, update))
-    stats = passes(grads=False)
-    factors = factors_of(state, stats, here_of(state, mask), bound)
-    return (passes(factors=factors).grads, *_balance(state, stats, bound, mask, update))
+    pairs = list(zip(parts, counts, strict=True))
+    stats, _ = in_parts(state, params, loss_fn, pairs, bound, mask=mask, exact=exact)
+    return (stats.grads, *balanced(state, stats, bound, mask, update))
 
 
 def _size(state: Any) -> int:
@@ -410,127 +390,3 @@ def _init(
         initial_backbone_loss=nan,
         step=torch.zeros((), dtype=torch.int64, device=device),
     )
-
-
-def _balance(
-    state: RotoGradState, stats: RotoGradStats, hyper: Hyper, mask: Any, update: bool | Tensor
-) -> tuple[RotoGradState, RotoGradInfo]:
-    _check(state, hyper)
-    with quiet()():
-        here = here_of(state, mask)
-        _, gram = rescaled(state, stats, here, hyper)
-        found = numbers(state, stats.losses, gram, here, hyper)
-        info = _info(stats, gram, found, here, hyper)
-        if update is False:
-            return state, info
-        new = _rotated(state, _objective_gradient(state, stats, found, hyper), hyper)
-        new = new._replace(
-            initial_losses=found.initial_losses,
-            initial_norms=found.initial_norms,
-            initial_backbone_loss=backbone_initial(state, stats.backbone_loss, hyper),
-            step=state.step + 1,
-        )
-        if hyper.scale == "gradnorm":
-            by_log = weight_gradient(state, found, gram, here, hyper)
-            step, moments = hyper.weight_optimizer.update(by_log, state.weight_moments, state.weights.log())
-            raw = torch.where(here, state.weights * step.exp(), 0.0)
-            moved = torch.where(here, raw * (torch.where(here, state.weights, 0.0).sum() / raw.sum()), state.weights)
-            new = new._replace(weights=moved, weight_moments=moments)
-        if mask is not None:
-            new = _with_absent(here, new, state)
-        ok = info.finite & new.rotations.isfinite().all() & new.weights.isfinite().all()
-        info = info._replace(finite=ok)
-        return choose(ok & here.any() & torch.as_tensor(update, device=here.device), new, state), info
-
-
-def _objective_gradient(state: RotoGradState, stats: RotoGradStats, found: Numbers, hyper: Hyper) -> Tensor:
-    """(T, m, m) R_kᵀ times the derivative of what R_k descends."""
-    ratio = found.units / stats.units
-    moments, square = stats.moments, stats.square
-    if isinstance(stats.cross, Tensor):
-        along = found.direction * ratio
-        moments = torch.einsum("k,j,kjab->kab", ratio, along, stats.cross)
-        square = torch.einsum("k,kab->ab", along, torch.einsum("j,kjab->kab", along, stats.cross))
-    factor = 1.0 if hyper.form == "paper" else 2 / max(stats.examples, 1.0)
-    gradient: Tensor = -factor * moments
-    if hyper.cooperative is None:
-        return gradient
-    # The published rotation loss is a square distance: its normal part moves nothing, but counts in the norm.
-    if hyper.form != "paper":
-        gradient = gradient + factor * square
-    own = stats.task_moments * ratio[:, None, None]
-    size = torch.linalg.matrix_norm((own + gradient) / 2, keepdim=True)
-    return torch.where(state.step >= hyper.cooperative, _resized(own, size) + _resized(gradient, size), gradient)
-
-
-def _resized(x: Tensor, size: Tensor) -> Tensor:
-    """A stack of matrices, each scaled to a norm; 0 stays 0."""
-    norm = torch.linalg.matrix_norm(x, keepdim=True)
-    return torch.where(norm > 0, x * (size / torch.where(norm > 0, norm, 1.0)), 0.0)
-
-
-def _rotated(state: RotoGradState, gradient: Tensor, hyper: Hyper) -> RotoGradState:
-    """The state with rotations one step further; `gradient` is R_kᵀ ∂/∂R_k."""
-    if hyper.moving:
-        step, moments = hyper.optimizer.update(skew(gradient), state.moments, torch.zeros_like(gradient))
-        rotations = polish(turn(state.rotations, step, hyper.map), state.step)
-        return state._replace(rotations=rotations, moments=moments)
-    by_tangent = tangent_gradient(state.tangents, gradient, hyper.map)
-    step, moments = hyper.optimizer.update(by_tangent, state.moments, state.tangents)
-    tangents = state.tangents + step
-    return state._replace(rotations=state.base @ MAPS[hyper.map](tangents), tangents=tangents, moments=moments)
-
-
-def _info(stats: RotoGradStats, gram: Tensor, found: Numbers, here: Tensor, hyper: Hyper) -> RotoGradInfo:
-    ratio = found.units / stats.units
-    head_gram = stats.head_gram * ratio[:, None] * ratio
-    head_norms = _tree.safe_sqrt(diagonal(head_gram))
-    agreement = gram @ found.direction
-    rotation_losses = -agreement
-    if hyper.form != "paper":
-        distance = found.direction @ agreement + diagonal(gram) - 2 * agreement
-        rotation_losses = distance / max(stats.examples, 1.0)
-    total = torch.where(here, stats.losses, 0.0).sum()
-    finite = ((stats.losses.isfinite() & found.norms.isfinite()) | ~here).all() & gram.isfinite().all()
-    if isinstance(stats.backbone_loss, Tensor):
-        total, finite = total + stats.backbone_loss, finite & stats.backbone_loss.isfinite()
-    return RotoGradInfo(
-        losses=stats.losses,
-        weights=found.weights,
-        head_norms=head_norms,
-        grad_norms=found.norms,
-        head_cosines=_cosines(head_gram, head_norms),
-        cosines=_cosines(gram, found.norms),
-        rotation_losses=rotation_losses,
-        total_loss=total,
-        finite=finite,
-    )
-
-
-def _cosines(gram: Tensor, norms: Tensor) -> Tensor:
-    """(T, T); 0 where a gradient vanishes."""
-    size = norms[:, None] * norms
-    return torch.where(size > 0, gram / torch.where(size > 0, size, 1.0), 0.0)
-
-
-def _with_absent(here: Tensor, new: RotoGradState, old: RotoGradState) -> RotoGradState:
-    """The new state, with everything of the absent tasks as it was."""
-
-    def pick(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(here.reshape(-1, *[1] * (a.ndim - 1)), a, b) if a.ndim else a
-
-    return _tree.tree_map(pick, new, old)  # type: ignore[no-any-return]
-
-
-def _check(state: RotoGradState, hyper: Hyper) -> None:
-    flat = torch.zeros_like(state.rotations)
-    expected = (
-        () if hyper.moving else flat,
-        hyper.optimizer.init(flat),
-        hyper.weight_optimizer.init(state.weights) if hyper.scale == "gradnorm" else (),
-    )
-    if _tree.flatten(expected)[1] != _tree.flatten((state.tangents, state.moments, state.weight_moments))[1]:
-        raise ValueError(
-            "the state was made with another moving=, scale= or optimizer=: give rotograd_init_state and the updates "
-            "the same (or use the init of the same gn.rotograd(...))"
-        )

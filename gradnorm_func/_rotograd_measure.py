@@ -93,66 +93,6 @@ def rotograd_measure(
     return (stats, aux) if has_aux else stats
 
 
-def rotograd_merge(*stats: RotoGradStats) -> RotoGradStats:
-    r"""The stats of the union of micro-batches: exact, but for gradients made with factors of single micro-batches.
-
-    With :math:`\pi_i` the share of micro-batch i, losses and gradients are means, and every example's gradient is
-    scaled by :math:`\pi_i`: the Gramians and cross moments add up with :math:`\pi_i^2`.
-
-    Args:
-        stats: from `rotograd_measure`, at the same state and parameters.
-
-    Returns:
-        RotoGradStats of the whole batch.
-
-    Raises:
-        ValueError: for no stats.
-
-    Example:
-        See `rotograd_measure`.
-    """
-    if not stats:
-        raise ValueError("rotograd_merge() of nothing: give it at least one RotoGradStats")
-    counts = torch.stack([torch.as_tensor(s.num_examples, dtype=s.gram.dtype, device=s.gram.device) for s in stats])
-    shares = counts / counts.sum()
-    first = stats[0]
-
-    def total(parts: list[Any], scales: list[Tensor]) -> Any:
-        if not isinstance(parts[0], Tensor):
-            return ()
-        return sum((s.to(x.dtype) * x for s, x in zip(scales[1:], parts[1:], strict=True)), scales[0] * parts[0])
-
-    def column(x: Tensor, like: Tensor) -> Tensor:
-        return x.reshape(x.shape + (1,) * (like.ndim - x.ndim)).to(like.dtype)
-
-    mean, square = list(shares.unbind()), list(shares.square().unbind())
-    # Back to the losses as they are: micro-batches of the first step each took their own L(0).
-    back = [1 / s.units for s in stats]
-    pair = [b[:, None] * b for b in back]
-
-    def gram(name: str) -> Any:
-        parts = [getattr(s, name) for s in stats]
-        return total([x * column(p, x) for x, p in zip(parts, pair, strict=True)], square)
-
-    return RotoGradStats(
-        losses=total([s.losses for s in stats], mean),
-        backbone_loss=total([s.backbone_loss for s in stats], mean),
-        units=torch.ones_like(first.units),
-        head_gram=gram("head_gram"),
-        gram=gram("gram"),
-        moments=(),
-        square=(),
-        cross=gram("cross"),
-        task_moments=total(
-            [s.task_moments * column(b, s.task_moments) for s, b in zip(stats, back, strict=True)], mean
-        ) if isinstance(first.task_moments, Tensor) else (),
-        weights=total([s.weights for s in stats], mean),
-        grads=_tree.tree_map(lambda *leaves: total(list(leaves), mean), *(s.grads for s in stats)),
-        examples=sum(s.examples for s in stats),
-        num_examples=counts.sum(),
-    )  # fmt: skip
-
-
 def rotograd_factors(state: RotoGradState, stats: RotoGradStats, *, mask: Any = None, **hyper: Any) -> RotoGradFactors:
     r"""The backbone's factors of a whole batch, for the second pass over its micro-batches.
 
@@ -227,6 +167,7 @@ def run(
     has_aux: bool = False,
 ) -> tuple[RotoGradStats, Any]:
     """One pass through the seam engine."""
+    check_state(state)
     loss = _with_seam(loss_fn, params, state, has_aux)
     _tree.check_params(params)
     layout, dtype = hyper.layout, state.weights.dtype

@@ -22,15 +22,19 @@ from gradnorm_func._engine import (
     Measured,
     PerTask,
     Plan,
+    fresh_casts,
     pull_all,
     quiet,
     row_norms,
     split_aux,
+    unbatchable,
     vjp_aux,
+    wide,
 )
 from gradnorm_func._loss import MultiTaskLoss, SharedLinear, StackedHeads, task_vector
 
 
+@fresh_casts
 def seam(loss: MultiTaskLoss, params: Any, batch: Any, plan: Plan) -> Measured:
     """All that `plan` asks for, of a loss with a backbone."""
     leaves, treedef = _tree.flatten(params)
@@ -93,6 +97,7 @@ class _Pass:
         self.shared_box, self.heads_box = AuxBox(), AuxBox()
         self.z_treedef: Any = None
         self.bias_first = False
+        self.one_by_one = False
         self.wanted = self._linear_leaves()
         # W, if it is neither z nor the layer of a `shared_linear`. Heads that may read it get a copy of it each.
         self.at = list(plan.at or []) if plan.norms and self.wanted is None else []
@@ -155,6 +160,7 @@ class _Pass:
                 raise ValueError(f"the backbone returned {type(leaf).__name__}; z must be floating-point tensors only")
         if self.plan.exchange is not None and self.plan.exchange.backbone_loss is not None:
             z_leaves = [*z_leaves, task_vector([self.plan.exchange.backbone_loss(params, z, self.batch)])[0]]
+        self.one_by_one = bool(self.at) and self.plan.vectorize and unbatchable(z_leaves)
         if self.discover:
             self.read_by_shared |= _ownership.read_by(z_leaves, leaves)
         return z_leaves, (list(layer), self.shared_box.strip(aux))
@@ -235,13 +241,14 @@ class _Pass:
         else:
             vector, pull_heads, aux = self._heads(z * len(self.loss.functions))
         plan.check_count(vector)
-        scale = plan.weights.to(vector.dtype) if isinstance(plan.weights, Tensor) else torch.ones_like(vector)
-        head_grads, z_grads, direct = pull_heads(scale)
+        scale = plan.weights if isinstance(plan.weights, Tensor) else torch.ones_like(vector)
+        seeds = plan.seeds(scale, vector.dtype)
+        head_grads, z_grads, direct = pull_heads(seeds)
         norms: Any = ()
         example_norms: Any = ()
         task_grads: list[Tensor] = []
         if pull_w is not None:
-            task_grads = list(pull_all(pull_w, [_stack(leaf) for leaf in z_grads], plan)[0])
+            task_grads = list(pull_all(pull_w, [_stack(leaf) for leaf in z_grads], plan, self.one_by_one)[0])
             for i, grad in zip(self.direct, direct, strict=True):
                 task_grads[self.at.index(i)] = task_grads[self.at.index(i)] + grad
             norms = row_norms(task_grads)
@@ -249,7 +256,9 @@ class _Pass:
             assert isinstance(self.loss.last_shared, SharedLinear)
             y_grads = _linear.before_activation(self.loss.last_shared, layer[1], z_grads[0])
             if plan.task_grads:
-                task_grads = _linear.gradients(layer[0], _stack(y_grads), self.wanted)
+                weight = _tree.lookup(_tree.unflatten(self.treedef, self.leaves), self.loss.last_shared.weight)
+                found = _linear.gradients(layer[0], _stack(y_grads), self.wanted)
+                task_grads = [grad.to(weight.dtype) for grad in found]
                 norms = row_norms(task_grads)
                 if self.bias_first:  # they come as (weight, bias), but the leaves of W in leaf order
                     task_grads.reverse()
@@ -259,13 +268,14 @@ class _Pass:
             norms, example_norms = _norms_at_z(z_grads)
             task_grads = [_stack(leaf) for leaf in z_grads] if plan.task_grads else []
         if isinstance(plan.weights, Tensor) and plan.norms:  # undo the weights that the cotangents carried
+            scale = plan.unscaled(seeds.to(wide(seeds)))  # as rounded
             norms = _unweighted(norms, scale.abs())
             example_norms = _unweighted(example_norms, scale.abs()) if isinstance(example_norms, Tensor) else ()
-            task_grads = [_unweighted(grad, scale) for grad in task_grads]
+            task_grads = [_unweighted(plan.widened(grad), scale) for grad in task_grads]
         elif callable(plan.weights):
-            scale = plan.weights(vector, norms, example_norms).to(vector.dtype)
+            scale = plan.weights(vector, norms, example_norms)
             z_grads = [_scaled(leaf, scale) for leaf in z_grads]
-            head_grads, _, direct = pull_heads(scale)
+            head_grads, _, direct = pull_heads(plan.seeds(scale, vector.dtype))
         z_total = [] if plan.weights is None else [_total(leaf) for leaf in z_grads]
         w_grads = [grad.sum(0) for grad in direct]
         return _Crossing(vector, norms, example_norms, task_grads, z_total, head_grads, w_grads, aux)
@@ -323,14 +333,10 @@ def _example_norms(leaf: PerTask) -> Tensor:
     """(T, B) norms of one leaf of z; the leading axis of z is the example axis."""
     if isinstance(leaf, Tensor):
         by_example = leaf.reshape(*leaf.shape[:2], -1) if leaf.ndim > 1 else leaf.reshape(-1, 1, 1)
-        norms: Tensor = torch.linalg.vector_norm(by_example, dim=2, dtype=_wide(leaf))
+        norms: Tensor = torch.linalg.vector_norm(by_example, dim=2, dtype=wide(leaf))
         return norms
     rows = [grad.reshape(*grad.shape[:1], -1) if grad.ndim else grad.reshape(1, 1) for grad in leaf]
-    return torch.stack([torch.linalg.vector_norm(row, dim=1, dtype=_wide(row)) for row in rows])
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.stack([torch.linalg.vector_norm(row, dim=1, dtype=wide(row)) for row in rows])
 
 
 def _stack(leaf: PerTask) -> Tensor:
@@ -344,8 +350,10 @@ def _total(leaf: PerTask) -> Tensor:
 
 def _scaled(leaf: PerTask, scale: Tensor) -> PerTask:
     if isinstance(leaf, Tensor):
-        return leaf * _as_column(scale, leaf)
-    return [weight * grad for weight, grad in zip(scale.unbind(), leaf, strict=True)]
+        rows = leaf.to(wide(leaf))
+        return (rows * _as_column(scale, rows)).to(leaf.dtype)
+    weights = scale.to(wide(leaf[0])).unbind()
+    return [(weight * grad.to(weight.dtype)).to(grad.dtype) for weight, grad in zip(weights, leaf, strict=True)]
 
 
 def _unweighted(rows: Tensor, scale: Tensor) -> Tensor:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from gradnorm_func import _tree
-from gradnorm_func._engine import AuxBox, Measured, Plan, quiet, row_norms, split_aux, vjp_aux
+from gradnorm_func._engine import AuxBox, Measured, Plan, fresh_casts, quiet, row_norms, split_aux, vjp_aux, wide
 from gradnorm_func._loss import MultiTaskLoss, task_vector
 
 
+@fresh_casts
 def separable(loss: MultiTaskLoss, params: Any, batch: Any, plan: Plan) -> Measured:
     """All that `plan` asks for, of T losses that share nothing but the parameters."""
     leaves, treedef = _tree.flatten(params)
@@ -33,7 +34,7 @@ def separable(loss: MultiTaskLoss, params: Any, batch: Any, plan: Plan) -> Measu
                 return task_vector([value]).squeeze(0), box.strip(aux)
 
             value, pull, kept = vjp_aux(evaluate, [leaves[i] for i in own])
-            rows.append(list(pull(torch.ones_like(value))[0]))
+            rows.append(list(pull(plan.seeds(torch.ones_like(value), value.dtype))[0]))
             values.append(value)
             auxes.append(box.fill(kept))
         vector = torch.stack(values)
@@ -44,11 +45,7 @@ def separable(loss: MultiTaskLoss, params: Any, batch: Any, plan: Plan) -> Measu
         grads: Any = ()
         if plan.weights is not None:
             weights = plan.weights(vector, norms, ()) if callable(plan.weights) else plan.weights
-            scale = weights.to(vector.dtype).unbind()
-            grads = [
-                sum((s * g for s, g in zip(scale[1:], column[1:], strict=True)), scale[0] * column[0])
-                for column in zip(*rows, strict=True)
-            ]
+            grads = [_weighted(weights, column) for column in zip(*rows, strict=True)]
     return Measured(
         loss.structure(values),
         vector,
@@ -58,3 +55,11 @@ def separable(loss: MultiTaskLoss, params: Any, batch: Any, plan: Plan) -> Measu
         grads,
         ((), loss.structure(auxes)) if plan.has_aux else (),
     )
+
+
+def _weighted(weights: Tensor, column: tuple[Tensor, ...]) -> Tensor:
+    """Σ w_i g_i, of the gradients of one leaf."""
+    dtype = wide(column[0])
+    first, *rest = (w * g.to(dtype) for w, g in zip(weights.to(dtype).unbind(), column, strict=True))
+    total: Tensor = sum(rest, first)
+    return total.to(column[0].dtype)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from gradnorm_func._engine import Weights
 from gradnorm_func._loss import LossFn, task_vector, wrong_count
 from gradnorm_func._measure import measure
-from gradnorm_func._stats import TaskStats
+from gradnorm_func._micro import split
+from gradnorm_func._stats import TaskStats, merge
 from gradnorm_func._tree import Where, flatten, inside_transform, tree_map
+
+# from the stats of a batch to those of the batches of all ranks: `all_reduce`, or any other
+Reduce: TypeAlias = Callable[[TaskStats], TaskStats]
 
 
 class Balancer(NamedTuple):
     """A balancing method with its hyperparameters bound: four pure functions."""
 
     init: Callable[..., Any]  # init(num_tasks, ...) -> state
+    # `...` are micro_batches, reduce, has_aux, vectorize and chunk_size, as in `gradnorm_grad`.
     update: Callable[..., Any]  # update(state, params, loss_fn, batch, *, mask, update, ...) -> state
     grad: Callable[..., Any]  # grad(state, params, loss_fn, batch, *, mask, update, ...) -> (grads, state, info)
     balance: Callable[..., Any]  # balance(state, stats, *, mask, update) -> (state, info)
@@ -41,7 +47,7 @@ def balancer(
         where: W, as in `measure`.
         norms: False if the method looks at losses only: then a step costs what a plain one does.
         same_step: True if this step's gradient is to use the weights that this step's stats give, not those from
-            before it.
+            before it. With `micro_batches` or `reduce` that takes two passes: norms first, then the gradient.
 
     Returns:
         Balancer(init, update, grad, balance).
@@ -72,46 +78,93 @@ def balancer(
 
     def grad(
         state: Any, params: Any, loss_fn: LossFn, batch: Any, *, mask: Any = None, update: bool | Tensor = True,
-        has_aux: bool = False, vectorize: bool = True, chunk_size: int | None = None,
+        micro_batches: int | None = None, reduce: Reduce | None = None, has_aux: bool = False,
+        loss_scale: float | Tensor | None = None, **keywords: Any,
     ) -> Any:  # fmt: skip
         _check_order(state)
         present = mask_vector(mask, state.weights)
-        weights = state.weights if present is None else state.weights * present
+        wanted = norms and update is not False
+
+        def effective(weights: Tensor) -> Tensor:
+            return weights if present is None else weights * present
 
         def weights_now(losses: Tensor, grad_norms: Any, example_norms: Any) -> Tensor:
             seen = TaskStats(losses, grad_norms, example_norms)
-            chosen: Tensor = balance(state, seen, mask=mask, update=update)[1].weights
-            return chosen if present is None else chosen * present
+            return effective(balance(state, seen, mask=mask, update=update)[1].weights)
 
-        wanted = norms and update is not False
-        out = measure(
-            params, loss_fn, batch, weights=weights_now if same_step and wanted else weights, where=where, norms=wanted,
-            norms_only=True, has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size,
-        )  # fmt: skip
-        stats, aux = out if has_aux else (out, ())
+        def over_batch(weights: Weights, norms: bool) -> tuple[TaskStats, Any]:
+            return _measured(
+                params, loss_fn, batch, micro_batches, reduce, weights=weights, where=where, norms=norms,
+                has_aux=has_aux, loss_scale=loss_scale, **keywords,
+            )  # fmt: skip
+
+        if not (same_step and wanted):
+            stats, aux = over_batch(effective(state.weights), wanted)
+        elif micro_batches is None and reduce is None:
+            stats, aux = over_batch(weights_now, True)
+        else:  # the weights are known only once all parts have been seen
+            stats, _ = over_batch(None, True)
+            second, aux = over_batch(weights_now(stats.losses, stats.grad_norms, stats.example_norms), False)
+            stats = stats._replace(grads=second.grads)
         new, info = balance(state, stats._replace(grads=()), mask=mask, update=update)
-        if present is not None and hasattr(info, "finite"):
-            # An absent loss may be NaN, but then 0 * NaN may have got into the gradients.
+        if present is not None or loss_scale is not None:
+            # An absent loss may be NaN, but then 0 * NaN may have got into the gradients; and float16 may overflow in
+            # the backbone alone, where no norm shows it.
             sound = torch.stack([leaf.isfinite().all() for leaf in flatten(stats.grads)[0]]).all()
-            new, info = choose(sound, new, state), info._replace(finite=info.finite & sound)
+            new = choose(sound, new, state)
+            info = info._replace(finite=info.finite & sound) if hasattr(info, "finite") else info
         return (stats.grads, new, info, aux) if has_aux else (stats.grads, new, info)
 
     def update(
         state: Any, params: Any, loss_fn: LossFn, batch: Any, *, mask: Any = None, update: bool | Tensor = True,
-        has_aux: bool = False, vectorize: bool = True, chunk_size: int | None = None,
+        micro_batches: int | None = None, reduce: Reduce | None = None, has_aux: bool = False,
+        loss_scale: float | Tensor | None = None, **keywords: Any,
     ) -> Any:  # fmt: skip
         _check_order(state)
         if update is False and not has_aux:
             return state
-        out = measure(
-            params, loss_fn, batch, where=where, norms=norms and update is not False, norms_only=True,
-            has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size,
+        stats, aux = _measured(
+            params, loss_fn, batch, micro_batches, reduce, where=where, norms=norms and update is not False,
+            has_aux=has_aux, loss_scale=loss_scale, **keywords,
         )  # fmt: skip
-        stats, aux = out if has_aux else (out, ())
         state, _ = balance(state, stats, mask=mask, update=update)
         return (state, aux) if has_aux else state
 
     return Balancer(init, update, grad, balance)
+
+
+def _measured(
+    params: Any,
+    loss_fn: LossFn,
+    batch: Any,
+    micro_batches: int | None,
+    reduce: Reduce | None,
+    *,
+    has_aux: bool,
+    **plan: Any,
+) -> tuple[TaskStats, Any]:
+    """The stats of the whole batch and its aux: in one pass, or of the parts here and on all ranks."""
+
+    def one(part: Any, **keywords: Any) -> tuple[TaskStats, Any]:
+        out = measure(params, loss_fn, part, has_aux=has_aux, **plan, **keywords)
+        return out if has_aux else (out, ())
+
+    if micro_batches is None and reduce is None:
+        return one(batch, norms_only=True)
+    stats, auxes = None, []
+    for part, examples in split(batch, micro_batches):
+        found, aux = one(part, num_examples=examples)
+        stats = found if stats is None else merge(stats, found)
+        auxes.append(aux)
+    assert stats is not None
+    if reduce is not None:
+        stats = reduce(stats)
+        if not isinstance(stats, TaskStats):
+            raise ValueError(f"reduce returned {type(stats).__name__}; it must be a function TaskStats -> TaskStats")
+    # Sums of half-precision gradients are float32; a step wants the parameters' own dtype.
+    if flatten(stats.grads)[0]:
+        stats = stats._replace(grads=tree_map(lambda grad, leaf: grad.to(leaf.dtype), stats.grads, params))
+    return stats, auxes[0] if micro_batches is None else auxes
 
 
 def mask_vector(mask: Any, weights: Tensor) -> Tensor | None:

@@ -107,12 +107,12 @@ def _warn_of_zeros(info: Any) -> None:
         )
 
 
-def _bar(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
+def _bar(batches: Iterable[Any], progress: bool, name: str = "train") -> Iterable[Any]:
     if not progress:
         return batches
     try:
         from tqdm.auto import tqdm
     except ImportError:
         return batches
-    bar: Iterable[Any] = tqdm(batches, desc="train", leave=False)
+    bar: Iterable[Any] = tqdm(batches, desc=name, leave=False)
     return bar

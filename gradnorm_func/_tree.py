@@ -134,8 +134,8 @@ def square_norms(leaves: Iterable[Tensor], batch_dims: int = 1) -> Tensor:
 
 
 def safe_sqrt(square: Tensor) -> Tensor:
-    """Square root whose derivative at 0 is 0, not NaN."""
-    positive = square > 0
+    """Square root whose derivative at 0 is 0, not NaN. What is NaN stays so."""
+    positive = ~(square <= 0)
     return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
 
 

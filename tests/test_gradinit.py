@@ -402,6 +402,8 @@ def test_vmap_over_states_and_gammas(form):
     step = lambda state, gamma: gn.gradinit_step(state, params, small_loss, batch, form=form, gamma=gamma)
     many, infos = torch.func.vmap(step)(stacked, gammas)
     assert set(infos.above.tolist()) == {True, False}
+    compiled, _ = torch.compile(torch.func.vmap(step), fullgraph=True, backend="aot_eager")(stacked, gammas)
+    torch.testing.assert_close(compiled, many)
     for k, gamma in enumerate(gammas):
         one, _ = gn.gradinit_step(state, params, small_loss, batch, form=form, gamma=float(gamma))
         torch.testing.assert_close(many.scales[k], one.scales)

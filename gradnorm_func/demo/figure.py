@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Okabe & Ito's palette, which colour-blind readers can tell apart; every line has a dash of its own as well.
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999"]
-DASHES: list[Any] = ["-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (9, 2)), (0, (3, 1, 1, 1, 1, 1))]
+from gradnorm_func._palette import COLOURS, DASHES
+
 STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 11,

@@ -256,7 +256,8 @@ def figure(out: str, results: dict[str, list[Result]]) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
-    from gradnorm_func.demo.figure import COLOURS, DASHES, STYLE
+    from gradnorm_func._palette import COLOURS, DASHES
+    from gradnorm_func.demo.figure import STYLE
 
     by_name = {equation.name: equation for equation in (make() for make in equations.EQUATIONS.values())}
     with matplotlib.rc_context(STYLE):

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import gradnorm_func as gn
+from gradnorm_func._palette import COLOURS
 from gradnorm_func.demo import compare, digits
 from gradnorm_func.demo.progress import Progress
 
@@ -23,7 +24,7 @@ HIDDEN, LEARNING_RATE, ROTATION_RATE = 10, 1e-3, 0.05
 DECAYS = {"with rotations": 0.99999, "rotation rate falls": 0.99}  # per step: the published one, and one that counts
 REACHED = 0.1  # distance from the optimum that counts as having reached it
 PLAIN, ROTATED, DECAYING = "without rotations", "with rotations", "rotation rate falls"
-AS_THEY_ARE, NORMALISED = "L", "L / L(0)"
+KINDS = AS_THEY_ARE, NORMALISED = "L", "L / L(0)"
 
 
 class Toy(NamedTuple):
@@ -116,12 +117,12 @@ def _initial(seeds: int) -> dict[str, list[Tensor]]:
 Paths = dict[tuple[str, str, str], Path]  # by toy, kind of loss, and without or with rotations
 
 
-def toys(seeds: int, steps: int) -> Paths:
+def toys(seeds: int, steps: int, *, chosen: Sequence[Toy] = TOYS, kinds: Sequence[str] = KINDS) -> Paths:
     """Every toy without and with rotations, from the same start, on losses as they are and divided by L(0)."""
     return {
         (toy.name, kind, name): descend(toy, seeds, steps, name, kind == NORMALISED)
-        for toy in TOYS
-        for kind in (AS_THEY_ARE, NORMALISED)
+        for toy in chosen
+        for kind in kinds
         for name in (PLAIN, ROTATED, DECAYING)
     }
 
@@ -196,7 +197,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"means within {REACHED:g} of the optimum. Seeds 0 ... {args.seeds - 1}.\n", flush=True)
     paths = toys(args.seeds, args.toy_steps)
     print(toy_table(paths), flush=True)
-    figure(args.out, paths)
+    figure(paths).savefig(args.out, dpi=130)
     if not args.digit_seeds:
         return
     data, generator = digits.load(), torch.Generator().manual_seed(0)
@@ -226,43 +227,20 @@ def run(args: argparse.Namespace) -> None:
                   f"them, {after:+.2f} after rotating back.")  # fmt: skip
 
 
-def figure(out: str, paths: Paths) -> None:
-    """The points of both tasks over training, on the contours of their losses; the losses as they are."""
-    import matplotlib
+def figure(paths: Paths) -> Any:
+    """The points of both tasks over training, on the contours of their losses; of the toys and losses in `paths`."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colours = ("#0072b2", "#d55e00")
-    fig, axes = plt.subplots(
-        2, len(TOYS), figsize=(4.2 * len(TOYS), 8.4), sharex=True, sharey=True, layout="constrained"
-    )
+    shown = [toy for toy in TOYS if (toy.name, AS_THEY_ARE, PLAIN) in paths]
+    drawn = Figure(figsize=(4.2 * len(shown), 8.4), layout="constrained")
+    axes = drawn.subplots(2, len(shown), sharex=True, sharey=True, squeeze=False)
     grid = torch.linspace(-3, 3, 161)
     y, x = torch.meshgrid(grid, grid, indexing="ij")
-    where = torch.stack([x, y], -1)
-    for column, toy in enumerate(TOYS):
+    for column, toy in enumerate(shown):
         for row, name in enumerate((PLAIN, ROTATED)):
             ax, path = axes[row, column], paths[toy.name, AS_THEY_ARE, name]
             for k, s in enumerate(toy.optima):
-                height = torch.func.vmap(torch.func.vmap(toy.loss, in_dims=(0, None)), in_dims=(0, None))(where, s)
-                levels = torch.quantile(height.flatten(), torch.tensor([0.02, 0.07, 0.15, 0.3])).tolist()
-                ax.contour(x, y, height, levels=levels, colors=colours[k], linewidths=0.6, alpha=0.45)
-                track = path.points[:, :, k]
-                ax.plot(track[:, :, 0], track[:, :, 1], color=colours[k], linewidth=1, alpha=0.6)
-                ax.scatter(
-                    track[-1, :, 0], track[-1, :, 1], s=26, color=colours[k], zorder=4, label=f"task {k + 1}: end"
-                )
-                ax.scatter(
-                    [s],
-                    [s],
-                    marker="*",
-                    s=190,
-                    color=colours[k],
-                    edgecolors="black",
-                    linewidths=0.8,
-                    zorder=3,
-                    label=f"task {k + 1}: optimum",
-                )
+                _draw_task(ax, toy, k, s, path, torch.stack([x, y], -1))
             starts = path.points[0, :, 0]
             ax.scatter(starts[:, 0], starts[:, 1], s=10, color="black", zorder=5, label="start")
             near = (path.distances(toy) < REACHED).all(1)
@@ -271,7 +249,19 @@ def figure(out: str, paths: Paths) -> None:
             ax.set_aspect("equal")
             ax.set_title(f"{toy.name}\n{name}" if row == 0 else name, fontsize=10)
     axes[0, 0].legend(loc="lower right", fontsize=8, framealpha=0.9)
-    fig.supxlabel("first coordinate of what the task sees")
-    fig.supylabel("second coordinate")
-    fig.savefig(out, dpi=130)
-    plt.close(fig)
+    drawn.supxlabel("first coordinate of what the task sees")
+    drawn.supylabel("second coordinate")
+    return drawn
+
+
+def _draw_task(ax: Any, toy: Toy, k: int, s: float, path: Path, grid: Tensor) -> None:
+    """One task's loss as contours, its optimum, and where training took its point."""
+    height = torch.func.vmap(torch.func.vmap(toy.loss, in_dims=(0, None)), in_dims=(0, None))(grid, s)
+    levels = torch.quantile(height.flatten(), torch.tensor([0.02, 0.07, 0.15, 0.3])).tolist()
+    colour = COLOURS[(0, 3)[k]]
+    ax.contour(grid[..., 0], grid[..., 1], height, levels=levels, colors=colour, linewidths=0.6, alpha=0.45)
+    track = path.points[:, :, k]
+    ax.plot(track[:, :, 0], track[:, :, 1], color=colour, linewidth=1, alpha=0.6)
+    ax.scatter(track[-1, :, 0], track[-1, :, 1], s=26, color=colour, zorder=4, label=f"task {k + 1}: end")
+    star = {"marker": "*", "s": 190, "edgecolors": "black", "linewidths": 0.8, "zorder": 3}
+    ax.scatter([s], [s], color=colour, label=f"task {k + 1}: optimum", **star)

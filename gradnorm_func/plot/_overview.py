@@ -1,0 +1,57 @@
+"""One figure of a whole run."""
+
+from __future__ import annotations
+
+from textwrap import fill
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from gradnorm_func.plot._conflicts import conflict_course
+from gradnorm_func.plot._courses import grad_norms, inverse_rates, loss_ratios, weights
+from gradnorm_func.plot._draw import new_figure
+from gradnorm_func.plot._read import MissingNumbers, field, has_fields
+
+
+def overview(history: Any, *, names: Any = None, smooth: int = 1) -> Figure:
+    """Weights, gradient norms, losses, and training rates of one run, or in place of rates the conflicts.
+
+    Args:
+        history: of any balancer, as `gn.train` returns it; see the module's docstring. One with cosines (RotoGrad's)
+            shows conflicts in place of training rates.
+        names: the T tasks' names.
+        smooth: mean of that many steps.
+
+    Returns:
+        The figure, with four axes. A panel for which the history has no numbers says so.
+
+    Raises:
+        ValueError: for something that is not a history, or a wrong number of names.
+
+    Example:
+        >>> import torch, gradnorm_func as gn
+        >>> from gradnorm_func import plot
+        >>> loss_fn = lambda w, x: {"fit": (x @ w - 1).square().mean(), "size": 100 * w.square().sum()}
+        >>> _, _, history = gn.train(torch.full((3,), 0.5), loss_fn, [torch.eye(3)] * 50, progress=False)
+        >>> figure = plot.overview(history, names=["fit", "size"])
+        >>> len(figure.axes)
+        4
+        >>> import matplotlib.pyplot; matplotlib.pyplot.close(figure)
+    """
+    if not has_fields(
+        history[0] if isinstance(history, (list, tuple)) and history and not has_fields(history) else history
+    ):
+        raise ValueError(
+            f"history={type(history).__name__} has no fields: give what gn.train returns, or a list of Infos"
+        )
+    figure = new_figure((11, 7))
+    panels = [weights, grad_norms, loss_ratios, inverse_rates]
+    if field(history, "cosines", required=False) is not None:
+        panels[-1] = conflict_course
+    for ax, panel in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        try:
+            panel(history, ax, names=names, smooth=smooth)
+        except MissingNumbers as error:
+            ax.set_axis_off()
+            ax.text(0.5, 0.5, fill(f"{panel.__name__}: {error}", 45), ha="center", va="center", color="0.4")
+    return figure

@@ -1,0 +1,471 @@
+"""Models under plain autograd: DDP and FSDP2 in several processes, compiled, checkpointed, mixed precision."""
+
+import copy
+import time
+from functools import lru_cache
+
+import bridge_cases as cases
+import optree
+import pytest
+import torch
+import torch.multiprocessing as mp
+from bridge_cases import CONFIGS, FEW, TASKS, TASKS_DICT, Config
+from models import MAKERS, WEIGHTS, Classic, make
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from toys import same_bits
+
+import gradnorm_func as gn
+
+F64 = torch.float64
+STEPS = 5  # of a default run
+W = torch.tensor([0.3, 1.7, 0.9], dtype=F64)  # of tasks a, b, c
+BROKEN = Config("fork", "ddp", "gradnorm", "z", 1)
+
+
+def launch(folder, ranks, jobs, seconds):
+    """The results of all ranks; nothing that hangs outlives the limit."""
+    context = mp.start_processes(
+        cases.run_rank, (ranks, str(folder), jobs), nprocs=ranks, join=False, start_method="spawn"
+    )
+    end = time.monotonic() + seconds
+    try:
+        while not context.join(timeout=1):  # raises what a process raised
+            assert time.monotonic() < end, f"no answer within {seconds} s"
+    finally:
+        for process in context.processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+@lru_cache
+def reference(config, steps):
+    """Route and wrapper do not matter to it."""
+    return cases.reference(config, steps)
+
+
+def gap(found, config, steps):
+    """The largest relative difference between a rank's history and that of one functional process."""
+    lag = 2 if cases.lagged(config) else 1
+    expected = reference(config._replace(route="", wrapper="", micro=lag), steps)
+    pairs = [(found.weights, expected.weights), (found.norms, expected.norms)]
+    pairs += [(found.grads[name], grad) for name, grad in expected.grads.items()]
+    pairs += [(found.params[name], value) for name, value in expected.params.items()]
+    assert all(right.norm() > 0 for _, right in pairs), "the reference must not be zero"
+    return max(float((left - right).norm() / right.norm()) for left, right in pairs)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """All that the tests want to know of two processes, from one start of them."""
+    jobs = {config: (cases.train, config, STEPS) for config in FEW}
+    jobs |= {fault: (cases.train_broken, fault, BROKEN, STEPS) for fault in ("reduce", "share")}
+    jobs |= {"sharded": (cases.sharded,), "sinks": (cases.sinks,)}
+    found = launch(tmp_path_factory.mktemp("ranks"), 2, list(jobs.values()), seconds=240)
+    return {name: [results[i] for results in found] for i, name in enumerate(jobs)}
+
+
+@pytest.mark.parametrize("config", FEW, ids=lambda config: "-".join(map(str, config)))
+def test_two_processes_equal_one(two_ranks, config):
+    assert max(gap(history, config, STEPS) for history in two_ranks[config]) < 1e-10
+
+
+@pytest.mark.parametrize("fault", ["reduce", "share"])
+def test_what_is_left_out_is_missed(two_ranks, fault):
+    """The stats' mean over ranks, or the share of a batch that is larger than another's."""
+    assert max(gap(history, BROKEN, STEPS) for history in two_ranks[fault]) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_combination(tmp_path, ranks):
+    found = launch(tmp_path, ranks, [(cases.train, config, 50) for config in CONFIGS], seconds=3000)
+    gaps = {c: max(gap(h, c, 50) for h in histories) for c, *histories in zip(CONFIGS, *found, strict=True)}
+    print(f"{len(gaps)} configurations, {ranks} processes, 50 steps: largest difference {max(gaps.values()):.1e}")
+    assert max(gaps.values()) < 1e-10, {config: size for config, size in gaps.items() if not size < 1e-10}
+
+
+def test_sharded_parameters(two_ranks):
+    """By both engines, under implicit replication: global norms as plain tensors, gradients as the parameters lie."""
+    params, batch = dict(cases.make_model().named_parameters()), cases.make_batch(0)
+    loss_fn = cases.functional_loss(cases.make_model(), linear=False)
+    for found in two_ranks["sharded"]:
+        cases_of = {name: value for name, value in found.items() if isinstance(value, tuple)}
+        assert len(cases_of) == 18
+        for name, (norms, grads) in cases_of.items():
+            engine, where, _ = name.split()
+            where = None if where == "None" else where
+            plain = (lambda p, b: loss_fn(p, b)) if engine == "general" else loss_fn
+            expected = gn.measure(params, plain, batch, weights=torch.ones(3, dtype=F64), where=where)
+            torch.testing.assert_close(norms, expected.grad_norms, rtol=1e-12, atol=0)
+            torch.testing.assert_close(grads, expected.grads, rtol=1e-10, atol=1e-14)
+        for name, where in {"z": None, "W": "last.weight"}.items():
+            expected = gn.task_grad_norms(loss_fn, params, batch, where=where)
+            for how in ("tp", "tp all"):
+                torch.testing.assert_close(found[f"{how} {name}"], expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["mixed", "fsdp"])
+def test_sharded_parameters_that_torch_func_cannot_differentiate(two_ranks, kind):
+    for found in two_ranks["sharded"]:
+        assert "is a DTensor" in found[kind]
+        assert "gn.measure_losses" in found[kind]
+        assert "implicit_replication" in found[kind]
+
+
+def test_a_sharded_parameter_as_w(two_ranks):
+    assert "keep W outside of the wrapper" in two_ranks["sharded"][0]["where fsdp"]
+
+
+def test_copies_that_a_wrapper_replaced(two_ranks):
+    assert len(two_ranks["sinks"][0]) == 2
+    for answer in two_ranks["sinks"][0].values():
+        assert "no loss depends on its copy" in answer
+
+
+# One process from here on: fork and measure_losses
+
+
+def classic(case, model, count=None):
+    """The losses of a case from forked copies; each task has its own."""
+    m = Classic(model)
+    z = case.through_last(m, case.backbone(m, case.batch))
+    copies = gn.fork(z, case.tasks)
+    return {name: task(m, copies[name], case.batch) for name, task in case.tasks.items()}, copies
+
+
+def weights_of(losses):
+    return torch.tensor([WEIGHTS[name] for name in gn.task_names(losses)], dtype=F64)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_norms_at_z(name):
+    case, model = make(name), copy.deepcopy(make(name).model)
+    rows = case.reference(None, at_z=True).rows
+    expected = {task: torch.cat([leaf.flatten() for leaf in leaves]).norm() for task, leaves in rows.items()}
+    assert sum(expected.values()) > 0
+    losses, copies = classic(case, model)
+    before = gn.measure_losses(losses, copies)
+    w = weights_of(losses)
+    (2.5 * sum(WEIGHTS[task] * loss for task, loss in losses.items())).backward()
+    after = gn.measure_losses(losses, copies, weights=w, scale=2.5)
+    for stats in (before, after):
+        for k, task in enumerate(gn.task_names(losses)):
+            torch.testing.assert_close(stats.grad_norms[k], expected[task], rtol=1e-10, atol=0)
+    examples = gn.measure(case.params(), case.seam("within"), case.batch, has_aux=case.has_aux)
+    examples = examples[0] if case.has_aux else examples
+    for stats in (before, after):
+        torch.testing.assert_close(stats.example_norms, examples.example_norms, rtol=1e-10, atol=1e-14)
+        assert not stats.losses.requires_grad
+        assert not stats.grad_norms.requires_grad
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_forked_model_trains_as_before(name):
+    case, model = make(name), copy.deepcopy(make(name).model)
+    losses, copies = classic(case, model)
+    gn.measure_losses(losses, copies)
+    sum(WEIGHTS[task] * loss for task, loss in losses.items()).backward()
+    paths = case.paths(None)
+    for path, expected in zip(paths, case.reference(None).total, strict=True):
+        grad = model.get_parameter(path).grad
+        torch.testing.assert_close(
+            torch.zeros_like(expected) if grad is None else grad, expected, rtol=1e-10, atol=1e-13
+        )
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_norms_at_parameters(name):
+    case, model = make(name), copy.deepcopy(make(name).model)
+    losses, _ = classic(case, model)
+    for where in case.where.values():
+        paths = case.paths(where)
+        if where is None or "spare" in str(where):
+            continue
+        stats = gn.measure_losses(losses, where={path: model.get_parameter(path) for path in paths}, scale=8.0)
+        rows = case.reference(where).rows
+        for k, task in enumerate(gn.task_names(losses)):
+            expected = torch.cat([leaf.flatten() for leaf in rows[task]])
+            torch.testing.assert_close(stats.grad_norms[k], expected.norm(), rtol=1e-10, atol=0)
+            found = torch.cat([stats.task_grads[path][k].flatten() for path in paths])
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
+
+
+def test_stats_merge_exactly():
+    model, batch = cases.make_model(), cases.make_batch(0)
+    params = dict(model.named_parameters())
+    for place in ("z", "W"):
+        parts = []
+        for part in (slice(0, 5), slice(5, 24)):
+            piece = {name: value[part] for name, value in batch.items()}
+            losses, copies = model(piece)
+            at = {"copies": copies} if place == "z" else {"where": {"last.weight": model["last"].weight}}
+            parts.append(gn.measure_losses(losses, **at, num_examples=len(piece["x"])))
+        where = None if place == "z" else "last.weight"
+        expected = gn.measure(params, cases.functional_loss(model, linear=False), batch, where=where)
+        for field in ("losses", "grad_norms", "example_norms", "task_grads"):
+            torch.testing.assert_close(getattr(gn.merge(*parts), field), getattr(expected, field), rtol=1e-10, atol=0)
+
+
+def test_a_task_of_weight_zero():
+    losses, copies = cases.make_model()(cases.make_batch(0))
+    w = torch.tensor([0.0, 1.0, 2.0], dtype=F64)
+    sum(w[k] * losses[task] for k, task in enumerate("abc")).backward()
+    norms = gn.measure_losses(losses, copies, weights=w).grad_norms
+    assert norms.isnan().tolist() == [True, False, False]
+
+
+def test_gradient_scaler():
+    model = cases.make_model()
+    losses, copies = model(cases.make_batch(0))
+    expected = gn.measure_losses(losses, copies)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(sum(w * losses[task] for task, w in zip("abc", W, strict=True))).backward()
+    assert model["last"].weight.grad.norm() > 100
+    factor = scaler.scale(torch.ones(()))
+    stats = gn.measure_losses(losses, copies, weights=W, scale=factor)
+    torch.testing.assert_close(stats.grad_norms, expected.grad_norms, rtol=1e-12, atol=0)
+
+
+def test_autocast():
+    """z in bfloat16, norms in float32 at least."""
+    model, batch = cases.make_model().float(), {k: v.float() for k, v in cases.make_batch(0).items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        losses, copies = model(batch)
+    assert copies["a"].dtype == torch.bfloat16
+    norms = gn.measure_losses(losses, copies).grad_norms
+    exact = gn.measure_losses(*model(batch)).grad_norms
+    assert norms.dtype == torch.float32
+    torch.testing.assert_close(norms, exact, rtol=0.05, atol=0)
+
+
+def test_copies_cannot_be_written_to():
+    copies = gn.fork(torch.ones(3, 2, requires_grad=True) * 2, 2)
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        nn.ReLU(inplace=True)(copies[0])
+
+
+def test_fork_without_gradients():
+    with torch.no_grad():
+        losses, copies = cases.make_model()(cases.make_batch(0))
+    assert list(copies) == list(TASKS)
+    with pytest.raises(ValueError, match="losses have no graph"):
+        gn.measure_losses(losses, copies)
+
+
+def test_bad_losses():
+    model, batch = cases.make_model(), cases.make_batch(0)
+    losses, copies = model(batch)
+    other = model(batch)[1]
+    with pytest.raises(ValueError, match="makes 1 copies"):
+        gn.fork(torch.ones(2), 1)
+    with pytest.raises(ValueError, match="give either copies"):
+        gn.measure_losses(losses)
+    with pytest.raises(ValueError, match=r"tasks \['a', 'b', 'c'\], but the losses are \['a', 'b'\]"):
+        gn.measure_losses({"a": losses["a"], "b": losses["b"]}, copies)
+    with pytest.raises(ValueError, match="copies: 3 of them, for 2 losses"):
+        gn.measure_losses(list(losses.values())[:2], list(copies.values()))
+    with pytest.raises(ValueError, match="copies: one tensor"):
+        gn.measure_losses(losses, copies["a"])
+    with pytest.raises(ValueError, match="depends on its copy of z"):
+        gn.measure_losses(losses, other)
+    with pytest.raises(ValueError, match=r"call backward\(\) first"):
+        gn.measure_losses(losses, copies, weights=W)
+    with pytest.raises(ValueError, match="for 2 tasks"):
+        gn.measure_losses(losses, copies, weights=W[:2])
+    with pytest.raises(ValueError, match="call before backward"):
+        gn.measure_losses(losses, where=model["last"].weight, weights=W)
+    with pytest.raises(ValueError, match=r"no loss depends on where\['w'\]"):
+        gn.measure_losses(losses, where={"w": torch.ones(2, requires_grad=True)})
+    with pytest.raises(ValueError, match=r"use gn\.measure inside"):
+        torch.func.grad(lambda z: gn.measure_losses(torch.stack([z.sum(), 2 * z.sum()]), gn.fork(z, 2)).losses.sum())(
+            torch.ones(2)
+        )
+    frozen = gn.fork(torch.ones(24, 4, dtype=F64), TASKS_DICT)
+    with pytest.raises(ValueError, match="the copies have no graph"):
+        gn.measure_losses(cases.losses_of(model, frozen, batch), frozen)
+
+
+# measure_from and backward_from
+
+
+def heads_only(case):
+    """The names of what the heads read, for a trunk that is a module."""
+    names = [name for name, _ in case.model.named_parameters()]
+    return [name for name in names if name.startswith("heads")]
+
+
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "transformer", "embedding", "two_z"])
+def test_measure_from_equals_measure(name, weights):
+    """At z, and at W among the heads' parameters and in the last shared layer, given as a function and as linear."""
+    case = make(name)
+    w = torch.tensor([WEIGHTS[task] for task in sorted(case.tasks)], dtype=F64) if weights else None
+    places = [("within", None), ("within", "heads"), ("within", lambda path: path.startswith("heads.a"))]
+    if case.last:
+        places += [(kind, where) for kind in ("function", "linear") for where in (None, f"{case.last}.weight")]
+        places += [("linear", [case.last, "heads.b"]), ("linear", [case.last])]
+    for last, where in places:
+        model = copy.deepcopy(case.model)
+        params = dict(model.named_parameters())
+        own = {p: v for p, v in params.items() if p.startswith("heads") or (last != "within" and case.last in p)}
+        loss_fn = case.seam(last)
+        expected = gn.measure(case.params(), loss_fn, case.batch, weights=w, where=where, has_aux=case.has_aux)
+        expected = expected[0] if case.has_aux else expected
+        assert expected.grad_norms.sum() > 0
+        for _ in range(2):  # the engine learns from its first pass what the heads read
+            m = Classic(model)
+            h = case.backbone(m, case.batch)
+            z = case.through_last(m, h) if last == "within" else h
+            before = optree.tree_map(torch.clone, (z, own))
+            out = gn.measure_from(z, own, loss_fn, case.batch, weights=w, where=where, has_aux=case.has_aux)
+            stats, cotangent, *aux = out
+            assert len(aux) == case.has_aux
+            assert same_bits(before, (z, own))
+            for field in ("losses", "grad_norms", "example_norms", "task_grads"):
+                torch.testing.assert_close(
+                    getattr(stats, field), getattr(expected, field), rtol=1e-10, atol=1e-13, check_dtype=True
+                )
+            if not weights:
+                assert cotangent == () == stats.grads
+                continue
+            model.zero_grad()
+            gn.backward_from(z, cotangent)
+            assert set(stats.grads) == set(own)
+            for path, parameter in params.items():
+                found = stats.grads[path] if path in own else parameter.grad
+                torch.testing.assert_close(found, expected.grads[path], rtol=1e-10, atol=1e-13)
+                assert not found.requires_grad
+                assert (parameter.grad is None) == (path in own)
+
+
+def test_a_predicate_does_not_see_z():
+    model, batch = cases.make_model(), cases.make_batch(0)
+    loss_fn = cases.functional_loss(model, linear=False)
+    params = {name: p for name, p in model.named_parameters() if name[0] in "ab"}
+    z = torch.tanh(model["last"](model["trunk"](batch["x"])))
+    every, named = (
+        gn.measure_from(z, params, loss_fn, batch, where=where)[0] for where in (lambda path: True, list(params))
+    )
+    assert set(every.task_grads) == set(params)
+    assert same_bits(every, named)
+
+
+def test_stacked_heads():
+    torch.manual_seed(1)
+    trunk = nn.Linear(5, 4).double()
+    params = {"heads.w": torch.randn(3, 4, dtype=F64)}
+    x, y = torch.randn(8, 5, dtype=F64), torch.randn(8, 3, dtype=F64)
+    heads = gn.stacked_heads(lambda p, z, y: (z @ p["w"] - y).square().mean(), "heads", batch_dims=1)
+    loss_fn = gn.multi_task_loss(lambda params, y: trunk(x), heads)
+    z = trunk(x)
+    stats, cotangent = gn.measure_from(z, params, loss_fn, y, weights=W)
+    z_leaf = z.detach().requires_grad_()
+    rows = [
+        torch.autograd.grad((z_leaf @ u - t).square().mean(), z_leaf)[0]
+        for u, t in zip(params["heads.w"], y.T, strict=True)
+    ]
+    torch.testing.assert_close(stats.grad_norms, torch.stack([row.norm() for row in rows]))
+    torch.testing.assert_close(cotangent, sum(w * row for w, row in zip(W, rows, strict=True)))
+
+
+@pytest.mark.parametrize("how", ["compiled", "checkpointed", "plain"])
+def test_trunks_that_torch_func_does_not_take(how):
+    model, batch = cases.make_model(), cases.make_batch(0)
+    trunk = nn.Sequential(model["trunk"], model["last"], nn.Tanh())
+    run = {
+        "compiled": lambda: torch.compile(trunk, backend="aot_eager")(batch["x"]),
+        "checkpointed": lambda: checkpoint(trunk, batch["x"], use_reentrant=False),
+        "plain": lambda: trunk(batch["x"]),
+    }[how]
+    params, loss_fn = dict(model.named_parameters()), cases.functional_loss(model, linear=False)
+    expected = gn.measure(params, loss_fn, batch, weights=W)
+    z = run()
+    heads = {name: p for name, p in params.items() if name[0] in "ab"}
+    stats, cotangent = gn.measure_from(z, heads, loss_fn, batch, weights=W)
+    gn.backward_from(z, cotangent)
+    torch.testing.assert_close(stats.grad_norms, expected.grad_norms, rtol=1e-12, atol=0)
+    for name, p in params.items():
+        torch.testing.assert_close(p.grad if name not in heads else stats.grads[name], expected.grads[name])
+    model.zero_grad()
+    copies = gn.fork(run(), TASKS_DICT)
+    losses = cases.losses_of(model, copies, batch)
+    torch.testing.assert_close(gn.measure_losses(losses, copies).grad_norms, expected.grad_norms, rtol=1e-12, atol=0)
+    sum(w * losses[name] for name, w in zip("abc", W, strict=True)).backward()
+    torch.testing.assert_close({name: p.grad for name, p in params.items()}, expected.grads)
+
+
+def test_batch_norm_in_the_trunk_sees_each_batch_once():
+    case = make("cnn")
+    model = copy.deepcopy(case.model)
+    z = model["last"](model["trunk"](case.batch["x"]))
+    params = {name: p for name, p in model.named_parameters() if name.startswith("heads")}
+    gn.measure_from(z, params, case.seam("within"), case.batch, weights=W, has_aux=True)
+    trunk = {name: b for name, b in model.named_buffers() if name.startswith("trunk")}
+    expected = {name: b for name, b in case.new_buffers().items() if name.startswith("trunk")}
+    assert len(trunk) == 3
+    assert same_bits(trunk, expected)
+
+
+# Dynamo asks a z that is no leaf for its gradient, and hides the warning, but not where warnings are errors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_measure_from():
+    model, batch = cases.make_model(), cases.make_batch(0)
+    loss_fn = cases.functional_loss(model, linear=True)
+    params = {name: p for name, p in model.named_parameters() if not name.startswith("trunk")}
+    step = lambda z, params, batch: gn.measure_from(z, params, loss_fn, batch, weights=W, where="last.weight")
+    z = model["trunk"](batch["x"])
+    expected = step(z, params, batch)  # first: what it learns of the heads must not disturb the compiler
+    found = torch.compile(step, fullgraph=True, backend="aot_eager")(z, params, batch)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def test_the_cotangent_has_the_dtype_of_z():
+    model, batch = cases.make_model().float(), {k: v.float() for k, v in cases.make_batch(0).items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        z = torch.tanh(model["last"](model["trunk"](batch["x"])))
+    wide = gn.multi_task_loss(
+        lambda params, batch: z,
+        [lambda params, z, batch: z.float().sum(), lambda params, z, batch: z.float().exp().sum()],
+    )
+    stats, cotangent = gn.measure_from(z, {}, wide, batch, weights=torch.ones(2))
+    assert cotangent.dtype == torch.bfloat16
+    assert stats.grad_norms.dtype == torch.float32
+    gn.backward_from(z, cotangent, scale=torch.tensor(2.0))
+    assert model["last"].weight.grad.isfinite().all()
+
+
+def test_nothing_is_written_for_a_loss_that_is_not_finite():
+    model, batch = cases.make_model(), cases.make_batch(0)
+    loss_fn, balancer = cases.functional_loss(model, linear=True), gn.gradnorm()
+    state = balancer.init(3, dtype=F64)
+    params = {name: p for name, p in model.named_parameters() if not name.startswith("trunk")}
+    z = model["trunk"](batch["x"])
+    stats, _ = gn.measure_from(z, params, loss_fn, batch | {"a": batch["a"] * torch.nan}, weights=state.weights)
+    new, info = balancer.balance(state, stats)
+    assert not info.finite
+    assert same_bits(new, state)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_bad_z():
+    model, batch = cases.make_model(), cases.make_batch(0)
+    loss_fn = cases.functional_loss(model, linear=True)
+    params = {name: p for name, p in model.named_parameters() if not name.startswith("trunk")}
+    z = model["trunk"](batch["x"])
+    with pytest.raises(ValueError, match="z has no graph"):
+        gn.measure_from(z.detach(), params, loss_fn, batch)
+    with pytest.raises(ValueError, match=r"inside a torch\.func transform"):
+        torch.func.grad(lambda z: gn.measure_from(z, params, loss_fn, batch)[0].losses.sum())(z.detach())
+    with pytest.raises(ValueError, match="a loss with a seam"):
+        gn.measure_from(z, params, lambda params, batch: params, batch)
+    with pytest.raises(ValueError, match="a loss with a seam"):
+        gn.measure_from(z, params, gn.multi_task_loss(None, [lambda p, b: p, lambda p, b: p]), batch)
+    with pytest.raises(ValueError, match="params=list must be a dict"):
+        gn.measure_from(z, list(params.values()), loss_fn, batch)
+    with pytest.raises(ValueError, match=r"params has no 'b\.weight'"):
+        gn.measure_from(z, {name: p for name, p in params.items() if name[0] != "b"}, loss_fn, batch)
+    with pytest.raises(ValueError, match="for 2 tasks"):
+        gn.measure_from(z, params, loss_fn, batch, weights=W[:2])
+    with pytest.raises(ValueError, match="structure of z"):
+        gn.backward_from(z, ())
