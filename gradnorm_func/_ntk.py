@@ -13,8 +13,19 @@ from gradnorm_func import _tree
 from gradnorm_func._engine import quiet
 from gradnorm_func._equal_norms import check_momentum, start_weights, toward_equal
 from gradnorm_func._loss import LossFn, MultiTaskLoss, task_vector
+from gradnorm_func._micro import split
 from gradnorm_func._stats import TaskStats
-from gradnorm_func._step import Balancer, balancer, check_state, choose, constant, here_of, vectors, weighted_total
+from gradnorm_func._step import (
+    Balancer,
+    Reduce,
+    balancer,
+    check_state,
+    choose,
+    constant,
+    here_of,
+    vectors,
+    weighted_total,
+)
 
 
 class NTKState(NamedTuple):
@@ -108,7 +119,8 @@ def ntk(
               K_i = \mathrm{mean}_n \|\nabla_\theta r_i(x_n)\|^2
 
     with r_i the residual whose mean square is :math:`L_i`. Per-point gradients cost several plain steps, so let the
-    caller say when: `balancer.grad(..., update=t % 1000 == 0)` costs a plain step wherever `update` is False.
+    caller say when: `balancer.grad(..., update=t % 1000 == 0)` costs a plain step wherever `update` is False. `reduce`
+    is applied to the kernels as well, which makes a second collective.
 
     Args:
         residuals: `{"name": residual(params, point) -> scalar}`, with the names of the losses.
@@ -179,7 +191,9 @@ def ntk(
         ok = finite & here.any() & torch.as_tensor(update, device=w.device)
         return choose(ok, NTKState(moved), state), info._replace(kernels=kernels, finite=finite)
 
-    def measured(params: Any, loss_fn: LossFn, batch: Any, update: bool | Tensor) -> Balancer:
+    def measured(
+        params: Any, loss_fn: LossFn, batch: Any, update: bool | Tensor, reduce: Reduce | None = None, **_: Any
+    ) -> Balancer:
         """The plain balancer of one step, its kernels measured."""
         names = loss_fn.names if isinstance(loss_fn, MultiTaskLoss) else []
         if names and names != sorted(residuals):
@@ -190,6 +204,8 @@ def ntk(
             return balancer(init, balance, norms=False)
         at = batch if points is None else points(batch)
         kernels = ntk_kernels(residuals, params, at, chunk_size=chunk_size)
+        if reduce is not None:  # means over points, as losses are
+            kernels = reduce(TaskStats(kernels, num_examples=split(batch, None)[0][1])).losses
 
         def bound(state: NTKState, stats: TaskStats, **keywords: Any) -> tuple[NTKState, NTKInfo]:
             return balance(state, NTKStats(stats.losses, kernels), **keywords)
@@ -199,11 +215,13 @@ def ntk(
     def grad(
         state: Any, params: Any, loss_fn: LossFn, batch: Any, *, update: bool | Tensor = True, **options: Any
     ) -> Any:
-        return measured(params, loss_fn, batch, update).grad(state, params, loss_fn, batch, update=update, **options)
+        bound = measured(params, loss_fn, batch, update, **options)
+        return bound.grad(state, params, loss_fn, batch, update=update, **options)
 
     def update(
         state: Any, params: Any, loss_fn: LossFn, batch: Any, *, update: bool | Tensor = True, **options: Any
     ) -> Any:
-        return measured(params, loss_fn, batch, update).update(state, params, loss_fn, batch, update=update, **options)
+        bound = measured(params, loss_fn, batch, update, **options)
+        return bound.update(state, params, loss_fn, batch, update=update, **options)
 
     return Balancer(init, update, grad, balance)

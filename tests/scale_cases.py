@@ -25,7 +25,9 @@ PLACES = {
     "points": ("points", None),
 }
 # The two that show different things are run everywhere and long, the others once each and short.
-DEFAULT = [(name, place, STEPS if name == "gradnorm-adam" else 8) for name in BALANCERS for place in PLACES]
+# A rule that looks at no gradients has no W, and its residuals are those of the heads.
+CASES = [(name, place) for name in BALANCERS for place in PLACES if name != "ntk" or place == "z"]
+DEFAULT = [(name, place, STEPS if name == "gradnorm-adam" else 8) for name, place in CASES]
 ROTATIONS = {
     "rotograd": {},
     "rotograd-none": {"scale": "none", "normalize": True, "moving": False, "map": "exp"},

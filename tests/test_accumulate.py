@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 import torch._dynamo.utils
-from scale_cases import DEFAULT, F64, PLACES, ROTATIONS, STEPS, assert_same_run, batch_of, loss_of, train
+from scale_cases import CASES, DEFAULT, F64, PLACES, ROTATIONS, STEPS, assert_same_run, batch_of, loss_of, train
 from toys import BALANCERS, leaves, make_batch, make_params, make_problem
 
 import gradnorm_func as gn
@@ -24,8 +24,7 @@ def test_runs_in_micro_batches(name, place, steps):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("name", BALANCERS)
+@pytest.mark.parametrize(("name", "place"), CASES)
 def test_all_runs_in_micro_batches(name, place, count):
     assert_same_run(train(name, place, STEPS, micro_batches=count), whole(name, place, STEPS), f"{count} parts")
 
