@@ -1,6 +1,7 @@
 """What `gn.sweep` gains over its runs one after another, compiled both, as a ratio of time per step and run.
 
-A run is `gradnorm` at z and Adam on the parameters, of the model of `overhead.py` with ten tasks. The single run is the
+A run is `gradnorm` at z and Adam on the parameters, of the model of `overhead.py` with ten tasks, whose heads have ten
+outputs (as a classifier's) or the hundred of the paper's toy. The single run is the
 same step without vmap, compiled, which also writes its parameters in place and keeps its history in the same way. Both
 are run in turn in one process: some steps of all runs of the sweep, then as many of each single run, one run after
 another. A number is the ratio of two medians, and above 1 the sweep is faster. No absolute time is reported.
@@ -11,6 +12,7 @@ another. A number is the ratio of two medians, and above 1 the sweep is faster. 
 from __future__ import annotations
 
 import argparse
+import itertools
 import platform
 import statistics
 import time
@@ -100,13 +102,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=32, help="a multiple of 8")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--chunks", type=int, nargs="+", default=[32, 8, 4], help="chunk_size, runs at a time")
-    parser.add_argument("--heads", nargs="+", choices=["list", "stacked"], default=["list", "stacked"])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[32, 8], help="chunk_size, runs at a time")
+    parser.add_argument("--heads", nargs="+", choices=["list", "stacked"], default=["list"])
+    parser.add_argument("--outputs", type=int, nargs="+", default=[10, 100], help="of a head")
     parser.add_argument("--widths", type=int, nargs="+", default=[width for width, _ in SHAPES])
     parser.add_argument("--cpu-time", action="store_true", help="of the process, for a machine that others use too")
     args = parser.parse_args()
     clock = time.process_time if args.cpu_time else time.perf_counter
     torch.set_num_threads(1)
+    torch.zeros(31 * 2**18)  # as in overhead.py: no row is to depend on what glibc has freed before it
     print("# Sweeps\n\nPrinted by `python benchmarks/sweep.py` (see its docstring for the rules).\n")
     print(
         f"torch {torch.__version__}, {platform.machine()}, 1 thread, {'CPU' if args.cpu_time else 'wall-clock'} time; "
@@ -114,15 +118,15 @@ def main() -> None:
         f"median of {args.rounds} rounds of {STEPS} steps\n\n"
         "Time of the runs one after another / time of the sweep\n"
     )
-    print("| width, batch | heads | " + " | ".join(f"chunk_size={c}" for c in args.chunks) + " |")
-    print("|---" * (2 + len(args.chunks)) + "|")
+    print("| width, batch | heads | outputs | " + " | ".join(f"chunk_size={c}" for c in args.chunks) + " |")
+    print("|---" * (3 + len(args.chunks)) + "|")
     for width, batch in SHAPES:
         if width not in args.widths:
             continue
-        for heads in args.heads:
-            case = mlp(NUM_TASKS, width, batch, stacked=heads == "stacked")
+        for heads, outputs in itertools.product(args.heads, args.outputs):
+            case = mlp(NUM_TASKS, width, batch, stacked=heads == "stacked", outputs=outputs)
             cells = [f"{gain(case, args.runs, chunk, args.rounds, clock):.2f}" for chunk in args.chunks]
-            print(f"| {width}, {batch} | {heads} | " + " | ".join(cells) + " |", flush=True)
+            print(f"| {width}, {batch} | {heads} | {outputs} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":
