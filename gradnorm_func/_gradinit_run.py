@@ -12,6 +12,7 @@ from torch import Tensor
 from gradnorm_func import _tree
 from gradnorm_func._gradinit import GradInitInfo, GradInitState, gradinit_apply, gradinit_init_state, gradinit_step
 from gradnorm_func._loss import LossFn
+from gradnorm_func._train import compiled
 from gradnorm_func._tree import Where
 
 
@@ -78,7 +79,7 @@ def gradinit(
     def step(state: GradInitState, batch: Any, after: Any) -> tuple[GradInitState, GradInitInfo]:
         return gradinit_step(state, params, loss_fn, batch, batch_after=after, **hyper)
 
-    run = torch.compile(step, fullgraph=True) if compile else step
+    run = compiled(step) if compile else step
     draw = _draws(_endless(batches), hyper.get("form", "paper") != "simple", overlap)
     history: list[GradInitInfo] = []
     with _bar(steps, progress) as show:

@@ -16,7 +16,7 @@ from gradnorm_func import _optim, _tree
 from gradnorm_func._gradnorm import gradnorm
 from gradnorm_func._loss import LossFn, task_vector
 from gradnorm_func._step import Balancer, choose
-from gradnorm_func._train import _bar
+from gradnorm_func._train import _bar, compiled
 
 Grid = Mapping[str, Sequence[float]] | Sequence[Mapping[str, float]]
 
@@ -153,9 +153,7 @@ def sweep(
             old.copy_(leaf)
         return info
 
-    # Dynamo counts recompilations by code object, and the ninth sweep of a session would be refused.
-    advance.__code__ = advance.__code__.replace()
-    run = torch.compile(advance, fullgraph=True, dynamic=False) if compile else advance
+    run = compiled(advance, dynamic=False) if compile else advance
 
     table: dict[str, Tensor] = {}
     groups: list[_Group] = []

@@ -66,7 +66,7 @@ def train(
     def grad(state: Any, current: Any, batch: Any, present: Any) -> Any:
         return chosen.grad(state, current, loss_fn, batch, mask=present)
 
-    run = torch.compile(grad, fullgraph=True) if compile else grad
+    run = compiled(grad) if compile else grad
     history: list[Any] = []
     for batch in _bar(batches, progress):
         if state is None:
@@ -85,6 +85,14 @@ def train(
     for leaf in leaves:
         leaf.grad = None
     return current, state, _tree.tree_map(lambda *rows: torch.stack(rows), *history)
+
+
+def compiled(step: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """A step of this package as one graph. Dynamo counts recompilations by code object, and the ninth loop of a session
+    would be refused: each gets one of its own."""
+    step.__code__ = step.__code__.replace()
+    made: Callable[..., Any] = torch.compile(step, fullgraph=True, **options)
+    return made
 
 
 def _fresh_state(balancer: Balancer, loss_fn: LossFn, params: Any, batch: Any) -> Any:
