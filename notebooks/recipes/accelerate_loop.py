@@ -1,12 +1,11 @@
 """Hugging Face Accelerate with gradient accumulation: weights change once a step, not once a micro-batch.
 
-python accelerate_loop.py    and torchrun --nproc-per-node 2 accelerate_loop.py, or accelerate launch in its place
-"""
+python accelerate_loop.py    and torchrun --nproc-per-node 2 accelerate_loop.py"""
 
 import torch
 from accelerate import Accelerator
-from toy import BATCH, Model, dataset, prove
 from torch.utils.data import DataLoader
+from toy import BATCH, Model, dataset, prove
 
 import gradnorm_func as gn
 

@@ -1,7 +1,6 @@
 """DistributedDataParallel with one all-reduce of a few numbers; the ranks' batches are of different sizes.
 
-torchrun --nproc-per-node 2 ddp.py
-"""
+torchrun --nproc-per-node 2 ddp.py"""
 
 import torch
 import torch.distributed as dist

@@ -1,7 +1,6 @@
 """FSDP2: trunk and heads sharded, and the norms taken from the step's own backward pass, for nothing.
 
-torchrun --nproc-per-node 2 fsdp2.py
-"""
+torchrun --nproc-per-node 2 fsdp2.py"""
 
 import torch
 import torch.distributed as dist

@@ -1,7 +1,6 @@
 """A plain loop: the parts of an nn.Module as functions, gradients written to `.grad` for any torch.optim optimizer.
 
-python plain.py              and python plain.py --compile, where balancing and gradients are one graph
-"""
+python plain.py              and python plain.py --compile, where balancing and gradients are one graph"""
 
 import sys
 

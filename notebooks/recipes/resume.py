@@ -1,7 +1,6 @@
 """A checkpoint holds the balancer's state too: killed at any step, a run goes on to the very bits of an unbroken one.
 
-python resume.py
-"""
+python resume.py"""
 
 import os
 import random

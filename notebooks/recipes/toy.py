@@ -1,6 +1,8 @@
 """What all recipes train, three tasks whose losses differ by orders of magnitude, and the proof that each ends with."""
 
 import os
+import sys
+import tempfile
 
 import torch
 from torch import nn
@@ -36,6 +38,11 @@ def batches(rank=0, ranks=1):
     """This rank's part of each batch; the parts are of different sizes."""
     data, cut = dataset(), [BATCH * k * k // ranks**2 for k in range(ranks + 1)]
     return [default_collate(data[i + cut[rank] : i + cut[rank + 1]]) for i in range(0, len(data), BATCH)]
+
+
+def folder():
+    """For checkpoints; all ranks must have the same, so that with torchrun it is to be given."""
+    return sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()
 
 
 def prove(weights, parameters):
