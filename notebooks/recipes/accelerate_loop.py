@@ -13,7 +13,7 @@ accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
 many = accelerator.num_processes > 1
 micro = BATCH // (accelerator.num_processes * accelerator.gradient_accumulation_steps)
 model = Model()
-optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(dataset(), batch_size=micro))
 balancer = gn.gradnorm()
 state = balancer.init(3, dtype=torch.float64, device=accelerator.device)

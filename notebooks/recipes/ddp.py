@@ -12,7 +12,7 @@ import gradnorm_func as gn
 dist.init_process_group("gloo")
 rank, ranks = dist.get_rank(), dist.get_world_size()
 model = DistributedDataParallel(Model())  # forks inside: see Model.forward
-optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 balancer = gn.gradnorm()
 state = balancer.init(3, dtype=torch.float64)
 

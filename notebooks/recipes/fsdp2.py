@@ -16,7 +16,7 @@ model = Model()
 # Not the module around them, which hands out the copies: they are views, of which FSDP2 warns.
 for part in (*model.trunk[::2], model.trunk, *model.heads.values()):
     fully_shard(part, mesh=mesh)
-optimizer = torch.optim.Adam(model.parameters(), lr=0.01)  # after sharding: these are other parameters
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)  # after sharding: these are other parameters
 balancer = gn.gradnorm()
 state = balancer.init(3, dtype=torch.float64)
 

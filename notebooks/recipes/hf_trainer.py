@@ -45,7 +45,7 @@ def train(out, checkpoint=None):
         ddp_find_unused_parameters=False, max_grad_norm=0.0, lr_scheduler_type="constant", report_to="none",
         train_sampling_strategy="sequential", remove_unused_columns=False, disable_tqdm=True)  # fmt: skip
     args.per_device_train_batch_size = BATCH // (2 * args.world_size)
-    optimizers = torch.optim.Adam((model := Model()).parameters(), lr=0.01), None
+    optimizers = torch.optim.SGD((model := Model()).parameters(), lr=1e-3, momentum=0.9), None
     trainer = BalancedTrainer(model, args, default_collate, dataset(), optimizers=optimizers)
     trainer.balance = Balance(checkpoint)
     trainer.add_callback(trainer.balance)

@@ -3,13 +3,12 @@
 python lightning_manual.py   and torchrun --nproc-per-node 2 lightning_manual.py FOLDER"""
 
 import logging
-import os
 import warnings
 
 import lightning
 import torch
 from torch.utils.data import DataLoader
-from toy import BATCH, Model, dataset, folder, prove
+from toy import BATCH, RANK, RANKS, Model, dataset, folder, prove
 
 import gradnorm_func as gn
 
@@ -25,7 +24,7 @@ class Balanced(lightning.LightningModule):
         self.balance_state = self.balancer.init(3, dtype=torch.float64)
 
     def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), lr=0.01)
+        return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
 
     def training_step(self, batch, index):
         optimizer, weights = self.optimizers(), self.balance_state.weights
@@ -47,10 +46,10 @@ class Balanced(lightning.LightningModule):
 
 
 def fit(epochs, checkpoint=None):
-    ranks, half = int(os.environ.get("WORLD_SIZE", 1)), len(dataset()) // 2
-    loader = DataLoader(dataset()[half * (epochs - 1) : half * epochs], batch_size=BATCH // ranks)
-    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = lightning.Trainer(accelerator="cpu", devices=ranks, max_epochs=epochs, **off)
+    half = len(dataset()) // 2
+    loader = DataLoader(dataset()[half * (epochs - 1) + RANK : half * epochs : RANKS], batch_size=BATCH // RANKS)
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler")
+    trainer = lightning.Trainer(accelerator="cpu", devices=RANKS, max_epochs=epochs, **dict.fromkeys(off, False))
     trainer.fit(Balanced(), loader, ckpt_path=checkpoint, weights_only=True)
     return trainer
 

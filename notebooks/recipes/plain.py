@@ -19,7 +19,7 @@ def loss_of(task):
 
 
 loss_fn = gn.multi_task_loss(lambda params, batch: trunk(params, batch["x"]), {task: loss_of(task) for task in heads})
-optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 balancer = gn.gradnorm()
 state = balancer.init(len(heads), dtype=torch.float64)
 step = torch.compile(balancer.grad, fullgraph=True) if "--compile" in sys.argv else balancer.grad

@@ -18,7 +18,7 @@ import gradnorm_func as gn
 
 def train(file, kill_at=None):
     model, balancer = Model(), gn.gradnorm()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     state, start = balancer.init(3, dtype=torch.float64), 0
     if file.exists():
         saved = torch.load(file, weights_only=True)

@@ -11,6 +11,7 @@ from torch.utils.data import default_collate
 import gradnorm_func as gn
 
 STEPS, BATCH = 24, 24
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # from torchrun
 LOSSES = {"kind": nn.functional.cross_entropy, "price": nn.functional.mse_loss, "size": nn.functional.l1_loss}
 
 
@@ -30,7 +31,7 @@ class Model(nn.Module):
 def dataset():
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(STEPS * BATCH, 6, generator=draw, dtype=torch.float64)
-    columns = {"x": x, "kind": x[:, :3].argmax(-1), "price": 30 * x[:, 3:4].square(), "size": 0.1 * x[:, 4:]}
+    columns = {"x": x, "kind": x[:, :3].argmax(-1), "price": 10 * x[:, 3:4].square(), "size": 0.1 * x[:, 4:]}
     return [{name: column[i] for name, column in columns.items()} for i in range(len(x))]
 
 
@@ -49,7 +50,7 @@ def prove(weights, parameters):
     """Trains once more: in one process, on whole batches, with one autograd pass for each task, and compares."""
     found = [weights, *(p.full_tensor() if hasattr(p, "full_tensor") else p for p in parameters)]
     model, balancer = Model(), gn.gradnorm()
-    optimizer, state = torch.optim.Adam(model.parameters(), lr=0.01), balancer.init(3, dtype=torch.float64)
+    optimizer, state = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9), balancer.init(3, dtype=torch.float64)
     for batch in batches():
         z = model.trunk(batch["x"])
         losses = [LOSSES[task](model.heads[task](z), batch[task]) for task in sorted(LOSSES)]
@@ -59,7 +60,7 @@ def prove(weights, parameters):
         optimizer.step()
         state, _ = balancer.balance(state, gn.TaskStats(torch.stack(losses), torch.stack(norms)))
     gap = torch.stack([(a - b).abs().max() for a, b in zip(found, [state.weights, *model.parameters()], strict=True)])
-    if int(os.environ.get("RANK", 0)) == 0:
+    if RANK == 0:
         shown = ", ".join(f"{w:.2f}" for w in weights)
         print(f"weights [{shown}]; largest difference from one process: {gap.max():.0e}")
     if not gap.max() < 1e-10:
