@@ -33,7 +33,7 @@ for batch in loader:
             running = None
             if not info.finite:
                 optimizer.zero_grad()  # to None: the optimizer passes over all parameters
-        optimizer.step()  # neither does anything before the last micro-batch
+        optimizer.step()  # Accelerate passes over both calls until the last micro-batch of a step
         optimizer.zero_grad()
 
 prove(state.weights, model.parameters())

@@ -22,8 +22,8 @@ state = balancer.init(3, dtype=torch.float64)
 
 for batch in batches(rank, ranks):
     losses, copies = model(**batch)
-    n = torch.tensor(len(batch["x"]))
-    total = n.clone()
+    n = len(batch["x"])
+    total = torch.tensor(n, dtype=torch.float64)
     dist.all_reduce(total)
     share = ranks * n / total  # FSDP2 takes the mean over ranks, not over examples; 1 for batches of one size
     weights = state.weights  # GradNorm's gradient uses the weights from before the step

@@ -24,7 +24,9 @@ class Model(nn.Module):
         self.double()  # so that the proof can be sharp; nothing else asks for it
 
     def forward(self, x, **targets):
-        copies = gn.fork(self.trunk(x), dict(self.heads))  # one of z for each head: there the gradients are compared
+        # One z for each head: there the gradients are compared. Accelerate's mixed precision, and so the Trainer's
+        # bf16=True, hands half-precision outputs out as other tensors: then fork self.trunk(x).float().
+        copies = gn.fork(self.trunk(x), dict(self.heads))
         return {task: LOSSES[task](head(copies[task]), targets[task]) for task, head in self.heads.items()}, copies
 
 
@@ -42,12 +44,15 @@ def batches(rank=0, ranks=1):
 
 
 def folder():
-    """For checkpoints; all ranks must have the same, so that with torchrun it is to be given."""
+    """For checkpoints; all ranks must have the same one, so with torchrun it must be given."""
     return sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()
 
 
 def prove(weights, parameters):
-    """Trains once more: in one process, on whole batches, with one autograd pass for each task, and compares."""
+    """Trains once more, in one process, on whole batches, with one autograd pass for each task, and compares.
+
+    By SGD, not Adam, for Adam would not notice gradients that are all twice as long.
+    """
     found = [weights, *(p.full_tensor() if hasattr(p, "full_tensor") else p for p in parameters)]
     model, balancer = Model(), gn.gradnorm()
     optimizer, state = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9), balancer.init(3, dtype=torch.float64)
