@@ -54,11 +54,12 @@ def fork(z: Any, tasks: int | Mapping[str, Any] | Sequence[Any]) -> Any:
     The values are those of z, and so are all gradients: a model forked inside or outside of its DDP or FSDP2 wrapper
     trains as before. The copies are views; to write to one in place (`ReLU(inplace=True)` first in a head) is an error.
     Inside a compiled model the graph breaks here: fork between compiled parts. A wrapper that returns other tensors
-    than its module does (DDP with find_unused_parameters or static_graph) must not be what hands the copies out.
+    than its module does (DDP with find_unused_parameters or static_graph; FSDP2 warns of views) must not be what hands
+    the copies out: wrap trunk and heads, and fork between them.
 
     Args:
         z: what the tasks share: a tensor, or a pytree of tensors.
-        tasks: the number of tasks, or a dict or list with one entry for each (the heads, their names).
+        tasks: the number of tasks, or a dict, ModuleDict or list with one entry for each (the heads, their names).
 
     Returns:
         A list of copies, or for a dict a dict with the same keys. Their gradients are kept by the backward pass.
@@ -83,7 +84,8 @@ def fork(z: Any, tasks: int | Mapping[str, Any] | Sequence[Any]) -> Any:
         for copy in (copy for row in by_leaf for copy in row if copy.requires_grad):
             copy.retain_grad()
     copies = [_tree.unflatten(treedef, [row[i] for row in by_leaf]) for i in range(count)]
-    return dict(zip(tasks, copies, strict=True)) if isinstance(tasks, Mapping) else copies
+    names = tasks.keys() if hasattr(tasks, "keys") else None  # a ModuleDict is no Mapping
+    return copies if names is None else dict(zip(names, copies, strict=True))
 
 
 def measure_losses(
@@ -171,7 +173,11 @@ def measure_losses(
         for leaf in flat:
             leaf.grad = None  # kept from this pass too, and the backward pass of the step would add to it
         if all(grad is None for grad in found):
-            raise ValueError("no loss depends on its copy of z: are the copies those that the heads were given?")
+            raise ValueError(
+                "no loss depends on its copy of z: are the copies those that the heads were given? A wrapper may have "
+                "replaced them on the way out (Accelerate does so with bfloat16: fork z.float(); DDP with "
+                "find_unused_parameters)"
+            )
     filled = [whole(torch.zeros_like(x) if g is None else g) for x, g in zip(flat, found, strict=True)]
     width = len(tasks[0])
     norms, example_norms = _norms_at_z([filled[k::width] for k in range(width)])

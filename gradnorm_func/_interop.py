@@ -182,7 +182,8 @@ def log_dict(info: Any, names: Any = None, *, prefix: str = "") -> dict[str, Ten
     flat: dict[str, Tensor] = {}
     for field, value in info._asdict().items():
         if value.ndim == 0:
-            flat[prefix + field] = value.detach()
+            # Loggers average, and warn of bools.
+            flat[prefix + field] = value.detach().float() if value.dtype == torch.bool else value.detach()
         elif value.ndim == 2:  # between tasks: the pairs, once
             for (i, a), (j, b) in itertools.combinations(enumerate(tasks), 2):
                 flat[f"{prefix}{field}/{a}-{b}"] = value.detach()[i, j]

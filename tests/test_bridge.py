@@ -469,3 +469,8 @@ def test_bad_z():
         gn.measure_from(z, params, loss_fn, batch, weights=W[:2])
     with pytest.raises(ValueError, match="structure of z"):
         gn.backward_from(z, ())
+
+
+def test_a_module_dict_names_the_copies():
+    heads = torch.nn.ModuleDict({"b": torch.nn.Linear(2, 1), "a": torch.nn.Linear(2, 1)})
+    assert list(gn.fork(torch.ones(2, requires_grad=True), heads)) == ["b", "a"]

@@ -158,3 +158,16 @@ def test_a_wrong_w_is_reported():
     with pytest.warns(UserWarning, match=r"tasks \[0, 1\].*exactly zero at W.*`where`") as caught:
         gn.train(params, loss_fn, [None] * 3, balancer=gn.gradnorm(where="unused", alpha=0.0), progress=False)
     assert len(caught) == 1
+
+
+def test_ten_compiled_loops_in_one_session(monkeypatch):
+    """Dynamo refuses the ninth program of one code object."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    for k in range(10):
+        loss_fn = lambda w, x, k=k: {"a": (k + 1) * (w * x).sum(), "b": w.square().sum()}
+        compiled, plain = (
+            gn.train(torch.ones(3), loss_fn, [torch.ones(3)], progress=False, compile=c)[0] for c in (True, False)
+        )
+        torch.testing.assert_close(compiled, plain)
+        objective = lambda w, x, k=k: (k + 1) * (w * x).square().sum()
+        gn.gradinit(torch.ones(3), objective, [torch.ones(3)], steps=1, form="simple", progress=False, compile=True)

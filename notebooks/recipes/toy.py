@@ -26,7 +26,7 @@ class Model(nn.Module):
     def forward(self, x, **targets):
         # One z for each head: there the gradients are compared. Accelerate's mixed precision, and so the Trainer's
         # bf16=True, hands half-precision outputs out as other tensors: then fork self.trunk(x).float().
-        copies = gn.fork(self.trunk(x), dict(self.heads))
+        copies = gn.fork(self.trunk(x), self.heads)
         return {task: LOSSES[task](head(copies[task]), targets[task]) for task, head in self.heads.items()}, copies
 
 
