@@ -90,7 +90,7 @@ def sums_of(stats: TaskStats, *, square_norms: bool = False) -> Sums:
         return _tree.tree_map(lambda leaf: _wide(leaf) * factor.to(_wide(leaf).dtype), tree)
 
     losses, grads = times(count, stats.losses), times(count, stats.grads)
-    has_norms = bool(_tree.flatten(stats.grad_norms)[0])
+    has_norms = len(_tree.flatten(stats.grad_norms)[0]) > 0
     if isinstance(stats.example_norms, Tensor):
         squares = _tree.tree_map(torch.square, times(count, stats.grad_norms))
         return Sums(count, losses, squares, times(count.square(), stats.example_norms), (), grads)
