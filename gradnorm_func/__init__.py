@@ -20,11 +20,10 @@ from gradnorm_func._gradnorm import (
     GradNormState,
     balance,
     gradnorm,
-    gradnorm_grad,
-    gradnorm_update,
     init_state,
     reset_initial_losses,
 )
+from gradnorm_func._gradnorm_grad import gradnorm_grad, gradnorm_update
 from gradnorm_func._interop import check_finite, functional, load_state, log_dict, state_dict, write_grads
 from gradnorm_func._layers import LayerReport, layer_analysis
 from gradnorm_func._loss import multi_task_loss, shared_linear, stacked_heads, task_names

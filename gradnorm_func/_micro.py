@@ -1,4 +1,4 @@
-"""Micro-batches: how a batch is cut, and how many examples a part holds."""
+"""Micro-batches: how a batch is cut, how many examples a part holds, and what their sums come back as."""
 
 from __future__ import annotations
 
@@ -47,3 +47,8 @@ def split(batch: Any, micro_batches: int | None) -> list[tuple[Any, float]]:
         count = pieces[cut[0]][m].shape[0] if len(sizes) == 1 else 1 / micro_batches
         parts.append((_tree.unflatten(treedef, part), float(count)))
     return parts
+
+
+def as_params(grads: Any, params: Any) -> Any:
+    """Gradients in the dtypes of the parameters: those of half precision were summed over the parts in float32."""
+    return _tree.tree_map(lambda grad, leaf: grad.to(leaf.dtype), grads, params) if _tree.flatten(grads)[0] else grads

@@ -164,18 +164,24 @@ def rotograd(rotation_shape: int | tuple[int, ...], **hyper: Any) -> Balancer:
     ) -> RotoGradState:
         return _init(num_tasks, bound, rotations, initial_losses, dtype, device)
 
+    def measured(
+        state: RotoGradState, params: Any, loss_fn: LossFn, batch: Any, *, micro_batches: int | None, reduce: Any,
+        update: bool | Tensor, **options: Any,
+    ) -> tuple[RotoGradStats, Any]:  # fmt: skip
+        if micro_batches is None and reduce is None:
+            return run(state, params, loss_fn, batch, bound, moments=update is not False, **options)
+        check_state(state)
+        stats, aux = in_parts(state, params, loss_fn, split(batch, micro_batches), bound, reduce=reduce, **options)
+        return stats, aux[0] if micro_batches is None else aux
+
     def grad(
         state: RotoGradState, params: Any, loss_fn: LossFn, batch: Any, *, mask: Any = None,
         update: bool | Tensor = True, micro_batches: int | None = None, reduce: Any = None, has_aux: bool = False,
     ) -> Any:  # fmt: skip
-        if micro_batches is None and reduce is None:
-            moments = update is not False
-            stats, aux = run(state, params, loss_fn, batch, bound, mask=mask, moments=moments, has_aux=has_aux)
-        else:
-            check_state(state)
-            parts = split(batch, micro_batches)
-            stats, aux = in_parts(state, params, loss_fn, parts, bound, mask=mask, reduce=reduce, has_aux=has_aux)
-            aux = aux[0] if micro_batches is None else aux
+        stats, aux = measured(
+            state, params, loss_fn, batch,
+            micro_batches=micro_batches, reduce=reduce, update=update, mask=mask, has_aux=has_aux,
+        )  # fmt: skip
         state, info = balanced(state, stats, bound, mask, update)
         return (stats.grads, state, info, aux) if has_aux else (stats.grads, state, info)
 
@@ -186,12 +192,10 @@ def rotograd(rotation_shape: int | tuple[int, ...], **hyper: Any) -> Balancer:
         check_state(state)
         if update is False and not has_aux:
             return state
-        options: dict[str, Any] = {"mask": mask, "grads": False, "has_aux": has_aux}
-        if micro_batches is None and reduce is None:
-            stats, aux = run(state, params, loss_fn, batch, bound, moments=update is not False, **options)
-        else:
-            stats, aux = in_parts(state, params, loss_fn, split(batch, micro_batches), bound, reduce=reduce, **options)
-            aux = aux[0] if micro_batches is None else aux
+        stats, aux = measured(
+            state, params, loss_fn, batch,
+            micro_batches=micro_batches, reduce=reduce, update=update, mask=mask, has_aux=has_aux, grads=False,
+        )  # fmt: skip
         state, _ = balanced(state, stats, bound, mask, update)
         return (state, aux) if has_aux else state
 

@@ -201,7 +201,7 @@ def run(
         losses: Tensor, z: list[Tensor], extra: list[Tensor], found: list[Tensor]
     ) -> tuple[list[Tensor], RotoGradStats]:
         if mask is not None:  # zero times a loss that is not finite is not zero
-            found = [torch.where(_column(here, leaf), leaf, 0) for leaf in found]
+            found = [torch.where(column(here, leaf), leaf, 0) for leaf in found]
         losses, at = losses.to(dtype), chosen[0]
         turned, others = found[at], [leaf for i, leaf in enumerate(found) if i != at]
         g = layout.back(turned, state.rotations.to(turned.dtype))
@@ -253,8 +253,9 @@ def _gram(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return (flat @ flat.mT).to(dtype)
 
 
-def _column(x: Tensor, like: Tensor) -> Tensor:
-    return x.reshape(-1, *[1] * (like.ndim - 1))
+def column(x: Tensor, like: Tensor) -> Tensor:
+    """(T,) or (T, T) shaped to multiply what has more axes behind those."""
+    return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))
 
 
 def _with_seam(loss_fn: Any, params: Any, state: RotoGradState, has_aux: bool) -> MultiTaskLoss:

@@ -11,7 +11,8 @@ from torch import Tensor
 from gradnorm_func import _tree
 from gradnorm_func._engine import wide
 from gradnorm_func._loss import LossFn
-from gradnorm_func._rotograd_measure import RotoGradStats, factors_of, run
+from gradnorm_func._micro import as_params
+from gradnorm_func._rotograd_measure import RotoGradStats, column, factors_of, run
 from gradnorm_func._rotograd_scale import Hyper, RotoGradState
 from gradnorm_func._stats import TaskStats, merge
 from gradnorm_func._step import here_of
@@ -48,7 +49,7 @@ def rotograd_sums(stats: RotoGradStats) -> RotoGradStats:
     back = 1 / stats.units
 
     def product(x: Any) -> Any:
-        return x * (count.square() * _column(back[:, None] * back, x)).to(x.dtype) if isinstance(x, Tensor) else ()
+        return x * (count.square() * column(back[:, None] * back, x)).to(x.dtype) if isinstance(x, Tensor) else ()
 
     return _scaled(stats, count)._replace(
         units=torch.zeros_like(stats.units),
@@ -57,7 +58,7 @@ def rotograd_sums(stats: RotoGradStats) -> RotoGradStats:
         moments=(),  # with the part's own direction v: it is made anew of the cross moments
         square=(),
         cross=product(stats.cross),
-        task_moments=stats.task_moments * (count * _column(back, stats.task_moments)).to(stats.task_moments.dtype)
+        task_moments=stats.task_moments * (count * column(back, stats.task_moments)).to(stats.task_moments.dtype)
         if isinstance(stats.task_moments, Tensor)
         else (),
         examples=torch.as_tensor(stats.examples, dtype=count.dtype, device=count.device),
@@ -116,10 +117,7 @@ def in_parts(
             found = merge(found, TaskStats(second.losses, grads=second.grads, num_examples=count))
         assert found is not None
         stats = stats._replace(grads=(found if reduce is None else reduce(found)).grads)
-    # What was summed in float32 goes back to the parameters' own dtype.
-    if _tree.flatten(stats.grads)[0]:
-        stats = stats._replace(grads=_tree.tree_map(lambda grad, leaf: grad.to(leaf.dtype), stats.grads, params))
-    return stats, auxes
+    return stats._replace(grads=as_params(stats.grads, params)), auxes
 
 
 def _scaled(stats: RotoGradStats, factor: Tensor) -> RotoGradStats:
@@ -128,7 +126,3 @@ def _scaled(stats: RotoGradStats, factor: Tensor) -> RotoGradStats:
         lambda x: x.to(wide(x)) * factor.to(wide(x)), (stats.losses, stats.backbone_loss, stats.weights, stats.grads)
     )
     return stats._replace(losses=losses, backbone_loss=backbone_loss, weights=weights, grads=grads)
-
-
-def _column(x: Tensor, like: Tensor) -> Tensor:
-    return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))

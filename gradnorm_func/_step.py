@@ -11,7 +11,7 @@ from torch import Tensor
 from gradnorm_func._engine import Weights
 from gradnorm_func._loss import LossFn, task_vector, wrong_count
 from gradnorm_func._measure import measure
-from gradnorm_func._micro import split
+from gradnorm_func._micro import as_params, split
 from gradnorm_func._stats import TaskStats, merge
 from gradnorm_func._tree import Where, flatten, inside_transform, tree_map
 
@@ -161,9 +161,7 @@ def _measured(
         stats = reduce(stats)
         if not isinstance(stats, TaskStats):
             raise ValueError(f"reduce returned {type(stats).__name__}; it must be a function TaskStats -> TaskStats")
-    # Sums of half-precision gradients are float32; a step wants the parameters' own dtype.
-    if flatten(stats.grads)[0]:
-        stats = stats._replace(grads=tree_map(lambda grad, leaf: grad.to(leaf.dtype), stats.grads, params))
+    stats = stats._replace(grads=as_params(stats.grads, params))
     return stats, auxes[0] if micro_batches is None else auxes
 
 
