@@ -50,7 +50,7 @@ def plain(tasks: int, d: int, batch: int) -> tuple[Callable, Callable]:
     return eager, lambda: step(values, (x, y))
 
 
-def seam(trunk: nn.Module, heads: list[nn.Module]) -> tuple[dict[str, torch.Tensor], gn._loss.MultiTaskLoss]:
+def seam(trunk: nn.Module, heads: list[nn.Module]) -> tuple[dict[str, torch.Tensor], gn._core.loss.MultiTaskLoss]:
     values = {f"trunk.{n}": p.detach() for n, p in trunk.named_parameters()}
     values |= {f"head{k}.{n}": p.detach() for k, head in enumerate(heads) for n, p in head.named_parameters()}
     backbone = gn.functional(trunk, "trunk")

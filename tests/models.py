@@ -106,7 +106,7 @@ class Case:
 
         return loss_fn
 
-    def seam(self, last: str, heads: Callable[[dict[str, Any]], Any] = dict) -> gn._loss.MultiTaskLoss:
+    def seam(self, last: str, heads: Callable[[dict[str, Any]], Any] = dict) -> gn._core.loss.MultiTaskLoss:
         """The same with its seam; `last` says how the last shared layer is given: within, function or linear."""
 
         def backbone(params: dict[str, Tensor], batch: Any) -> Any:

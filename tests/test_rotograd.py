@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import gradnorm_func as gn
-from gradnorm_func._rotation import MAPS, _inverse, polish, skew, tangent_gradient, turn
+from gradnorm_func._rotograd.rotation import MAPS, _inverse, polish, skew, tangent_gradient, turn
 
 F64 = torch.float64
 T, D, B = 3, 6, 8
@@ -52,7 +52,7 @@ def by_hand(params, loss_fn, batch, rotations):
 
 
 def flat(tree):
-    return gn._tree.flatten(tree)[0]
+    return gn._core.tree.flatten(tree)[0]
 
 
 # --- the paper's form, against its equations ---------------------------------------------------------------------
@@ -469,7 +469,7 @@ def build(name, **more):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_inputs_are_left_as_they_were(name):
     params, loss_fn, batch = problem()
-    params = gn._tree.tree_map(lambda leaf: leaf.requires_grad_(), params)
+    params = gn._core.tree.tree_map(lambda leaf: leaf.requires_grad_(), params)
     method = build(name)
     state = method.init(T, dtype=F64)
     _, state, _ = method.grad(state, params, loss_fn, batch)
@@ -535,7 +535,7 @@ def test_vmap_over_seeds(name):
     method = build(name)
     size = VARIANTS[name].get("rotation_shape", D)
     states = [method.init(T, rotations=start(seed, d=size), dtype=F64) for seed in range(3)]
-    stacked = gn._tree.tree_map(lambda *leaves: torch.stack(leaves), *states)
+    stacked = gn._core.tree.tree_map(lambda *leaves: torch.stack(leaves), *states)
     step = lambda s: method.grad(s, params, loss_fn, batch)
     _, stacked, _ = torch.func.vmap(step)(stacked)
     together = torch.func.vmap(step)(stacked)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gradnorm_func as gn
-from gradnorm_func import _linear
+from gradnorm_func._measure import linear
 
 LASTS = ("within", "function", "linear")
 D = {"dtype": torch.float64}
@@ -50,8 +50,8 @@ def test_shared_linear(shape: tuple[int, ...], branch: str, bias: bool, activati
     expected = torch.stack([norm(ref.rows[name]) for name in "abc"])
     assert bool((expected > 0).all())
 
-    square = _linear._square
-    monkeypatch.setattr(_linear, "_square", lambda *args: (rows.append(1) if args[2] is None else 0) or square(*args))
+    square = linear._square
+    monkeypatch.setattr(linear, "_square", lambda *args: (rows.append(1) if args[2] is None else 0) or square(*args))
     assert_near(gn.task_grad_norms(loss_fn, params, (x, y), where=list(wanted)), expected)
     assert bool(rows) == (branch == "direct" or wanted == "b")
     _, grads = gn.task_grads(loss_fn, params, (x, y), where=list(wanted))
@@ -148,7 +148,7 @@ class Switched:
             z = self.frozen(z)
         return (z @ p["head"]).square().mean()
 
-    def loss_fn(self, last: str) -> gn._loss.MultiTaskLoss:
+    def loss_fn(self, last: str) -> gn._core.loss.MultiTaskLoss:
         heads = {
             "a": self.head,
             "b": lambda p, z, x: (z @ p["other"]).exp().mean(),
@@ -167,7 +167,7 @@ KINDS = [
 ]  # fmt: skip
 
 
-def assert_exact(loss_fn: gn._loss.MultiTaskLoss, params: Any, x: Any, where: Any, weights: Any) -> None:
+def assert_exact(loss_fn: gn._core.loss.MultiTaskLoss, params: Any, x: Any, where: Any, weights: Any) -> None:
     """One measurement against classic autograd through the same functions."""
     leaves = {path: leaf.clone().requires_grad_() for path, leaf in params.items()}
     chosen = [where] if isinstance(where, str) else sorted(where) if where else []

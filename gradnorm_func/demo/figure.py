@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradnorm_func._palette import COLOURS, DASHES
+from gradnorm_func._tools.palette import COLOURS, DASHES
 
 STYLE: Any = {
     "font.size": 10,

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import vmap
 
 import gradnorm_func as gn
-from gradnorm_func._tree import tree_map
+from gradnorm_func._core.tree import tree_map
 from gradnorm_func.demo import compare, equations
 from gradnorm_func.demo.progress import Progress
 
@@ -256,7 +256,7 @@ def figure(out: str, results: dict[str, list[Result]]) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
-    from gradnorm_func._palette import COLOURS, DASHES
+    from gradnorm_func._tools.palette import COLOURS, DASHES
     from gradnorm_func.demo.figure import STYLE
 
     by_name = {equation.name: equation for equation in (make() for make in equations.EQUATIONS.values())}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import gradnorm_func as gn
-from gradnorm_func._palette import COLOURS
+from gradnorm_func._tools.palette import COLOURS
 from gradnorm_func.demo import compare, digits
 from gradnorm_func.demo.progress import Progress
 
@@ -84,7 +84,7 @@ def descend(toy: Toy, seeds: int, steps: int, name: str, normalize: bool) -> Pat
     method = gn.rotograd(2, scale="none", normalize=normalize, burn_in=None, optimizer=gn.adam(schedule))
     x = torch.zeros(1, 2)  # every input is (0, 0): z depends on the biases alone
     fresh = [method.init(2) for _ in range(seeds)]
-    state = gn._tree.tree_map(lambda *leaves: torch.stack(leaves), *fresh)
+    state = gn._core.tree.tree_map(lambda *leaves: torch.stack(leaves), *fresh)
     params = {name: torch.stack(rows) for name, rows in _initial(seeds).items()}
 
     def step(params: Any, state: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.axes import Axes
 
-from gradnorm_func._palette import COLOURS, DASHES
+from gradnorm_func._tools.palette import COLOURS, DASHES
 from gradnorm_func.plot._courses import STEP
 from gradnorm_func.plot._draw import (
     MARKERS,

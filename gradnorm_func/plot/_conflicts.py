@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 
-from gradnorm_func._palette import COLOURS, DASHES
+from gradnorm_func._tools.palette import COLOURS, DASHES
 from gradnorm_func.plot._courses import STEP
 from gradnorm_func.plot._draw import (
     cell_texts,

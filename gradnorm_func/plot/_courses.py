@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from gradnorm_func._palette import COLOURS
+from gradnorm_func._tools.palette import COLOURS
 from gradnorm_func.plot._draw import curves, new_axes, tidy
 from gradnorm_func.plot._read import Array, array, check_same, course, field, has_fields, labels, running_mean
 

@@ -12,7 +12,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from gradnorm_func._palette import COLOURS, DASHES
+from gradnorm_func._tools.palette import COLOURS, DASHES
 from gradnorm_func.plot._read import Array
 
 MARKERS = "os^Dv*PX"

@@ -1,0 +1,1 @@
+"""balance: one file a method, each of them one rule."""

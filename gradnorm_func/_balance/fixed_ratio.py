@@ -1,0 +1,144 @@
+"""Fixed shares of the gradient: EnCodec's loss balancer (Défossez et al. 2022)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradnorm_func._balance.protocol import (
+    Balancer,
+    balancer,
+    check_state,
+    choose,
+    constant,
+    here_of,
+    vectors,
+    weighted_total,
+)
+from gradnorm_func._core.loss import task_vector
+from gradnorm_func._core.tree import Where
+from gradnorm_func._reduce.stats import TaskStats
+
+
+class FixedRatioState(NamedTuple):
+    """Moving averages of the gradient norms."""
+
+    weights: Tensor  # (T,) w_i of the last step
+    norm_sums: Tensor  # (T,) Σ_t β^(now - t) n_i(t)
+    norm_counts: Tensor  # (T,) Σ_t β^(now - t), over the steps in which the task was present
+
+
+class FixedRatioInfo(NamedTuple):
+    """What one would log of a step."""
+
+    losses: Tensor  # (T,) L_i
+    weights: Tensor  # (T,) w_i that this step's norms give
+    grad_norms: Tensor  # (T,) ‖∇_W L_i‖, unweighted
+    mean_norms: Tensor  # (T,) the bias-corrected moving average of n_i
+    total_loss: Tensor  # () Σ w_i L_i
+    finite: Tensor  # () bool: False means that the state was left as it was
+
+
+def fixed_ratio(
+    ratios: Any = None,
+    *,
+    where: Where = None,
+    budget: float | Tensor = 1.0,
+    decay: float | Tensor = 0.999,
+    per_example: bool = True,
+    eps: float = 1e-12,
+) -> Balancer:
+    r"""Every task gets a fixed share of the gradient at W.
+
+    .. math:: \sum_i g_i \; \frac{\rho_i}{\sum_j \rho_j} \frac{R}{\epsilon + \bar n_i}, \qquad
+              \bar n_i = \frac{\sum_t \beta^{-t} n_i(t)}{\sum_t \beta^{-t}}
+
+    with :math:`n_i` the norm of :math:`g_i = \nabla_W L_i`, this step's included: the weights are chosen between the
+    backward pass through the heads and the one through the backbone, so they are exact in the same step. If heads
+    own parameters, those get the weighted gradient too, at the price of a second backward pass through the heads.
+
+    Args:
+        ratios: shares ρ, T numbers >= 0 in task order or a pytree like the losses; None is equal.
+        where: W, as in `measure`; None is z for a `multi_task_loss`, EnCodec's generator output.
+        budget: R, the norm that the shares add up to.
+        decay: β of the moving average, in [0, 1).
+        per_example: at z, n_i is the mean over the batch of each example's norm; otherwise, and wherever W are
+            parameters, the norm of the whole.
+        eps: ε.
+
+    Returns:
+        Balancer(init, update, grad, balance), `init(num_tasks, *, dtype=None, device=None)`. A state that has seen no
+        step has the weights R ρ_i / Σ ρ_j, which only matter where weights from before the step are used
+        (`measure(..., weights=state.weights)`). With `micro_batches` or `reduce` a step takes two passes over the
+        batch, the first for the norms of the whole; what is random in the loss is drawn anew in the second.
+
+    Raises:
+        ValueError: for ratios that are negative, all zero or not T, or other hyperparameters out of range.
+
+    Example:
+        >>> import torch, gradnorm_func as gn
+        >>> balancer = gn.fixed_ratio([1.0, 3.0])
+        >>> loss_fn = lambda w, batch: [10 * w[0], 0.1 * w[1]]
+        >>> grads, state, info = balancer.grad(balancer.init(2), torch.ones(2), loss_fn, None)
+        >>> grads
+        tensor([0.2500, 0.7500])
+
+    Source: `Balancer` of facebookresearch/encodec. Departures: the moving averages are state, the device is never
+    asked, and a step with a loss or norm that is not finite changes nothing.
+    """
+    if not isinstance(budget, Tensor) and not budget > 0:
+        raise ValueError(f"budget={budget} must be positive")
+    if not isinstance(decay, Tensor) and not 0 <= decay < 1:
+        raise ValueError(f"decay={decay} must lie in [0, 1); 0 uses this step's norms alone")
+    if not eps >= 0:
+        raise ValueError(f"eps={eps} must not be negative")
+
+    def init(
+        num_tasks: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> FixedRatioState:
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        shares = _shares(ratios, torch.ones(num_tasks, dtype=dtype, device=device))
+        if not bool(((shares >= 0) & shares.isfinite()).all() & (shares.sum() > 0)):
+            raise ValueError(f"ratios={ratios!r} must be finite, at least 0, and not all 0")
+        return FixedRatioState(budget * shares / shares.sum(), torch.zeros_like(shares), torch.zeros_like(shares))
+
+    def balance(
+        state: FixedRatioState, stats: TaskStats, *, mask: Any = None, update: bool | Tensor = True
+    ) -> tuple[FixedRatioState, FixedRatioInfo]:
+        check_state(state, FixedRatioState, "gn.fixed_ratio(...).init(T)")
+        losses, grad_norms = vectors(state, stats, needed=update is not False)
+        here = here_of(state, mask)
+        if update is False:
+            means = state.norm_sums / state.norm_counts
+            finite = (losses.isfinite() | ~here).all()
+            return state, FixedRatioInfo(
+                losses, state.weights, grad_norms, means, weighted_total(state.weights, losses, here), finite
+            )
+        seen = grad_norms
+        if per_example and isinstance(stats.example_norms, Tensor):
+            seen = constant(stats.example_norms.to(losses.dtype))
+        sums = torch.where(here, decay * state.norm_sums + seen, state.norm_sums)
+        counts = torch.where(here, decay * state.norm_counts + 1, state.norm_counts)
+        means = sums / counts
+        shares = _shares(ratios, losses)
+        shares = shares / torch.where(here, shares, 0.0).sum()
+        weights = torch.where(here, budget * shares / (eps + means), state.weights)
+        finite = ((losses.isfinite() & seen.isfinite() & weights.isfinite()) | ~here).all()
+        ok = finite & here.any() & torch.as_tensor(update, device=losses.device)
+        new = choose(ok, FixedRatioState(weights, sums, counts), state)
+        return new, FixedRatioInfo(
+            losses, new.weights, grad_norms, means, weighted_total(new.weights, losses, here), finite
+        )
+
+    return balancer(init, balance, where=where, same_step=True)
+
+
+def _shares(ratios: Any, like: Tensor) -> Tensor:
+    if ratios is None:
+        return torch.ones_like(like)
+    shares = task_vector(ratios, "ratios", like.dtype).to(like)
+    if shares.shape != like.shape:
+        raise ValueError(f"ratios has {shares.shape[0]} entries, but there are {like.shape[0]} tasks")
+    return shares

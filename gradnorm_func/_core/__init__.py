@@ -1,0 +1,1 @@
+"""Pytrees, losses, optimizers and numerics: what everything else stands on."""

@@ -1,0 +1,147 @@
+"""Optimizers of the (T,) vector of task weights, as pure (init, update) pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gradnorm_func._core import tree
+
+Schedule: TypeAlias = Callable[[Tensor], Tensor]
+
+
+class Optimizer(NamedTuple):
+    """A pair of pure functions; any pair of this form will do.
+
+    `init(weights) -> opt_state`; `update(grad, opt_state, weights) -> (step, opt_state)`, where `step` is
+    added to the weights. `opt_state` is a pytree of tensors.
+    """
+
+    init: Callable[[Tensor], Any]
+    update: Callable[[Tensor, Any, Tensor], tuple[Tensor, Any]]
+
+
+class SGDState(NamedTuple):
+    """State of `sgd`."""
+
+    step: Tensor  # () int64: updates so far
+
+
+class AdamState(NamedTuple):
+    """State of `adam`."""
+
+    step: Tensor  # () int64: updates so far
+    mean: Tensor  # (T,) first moment
+    square: Tensor  # (T,) second moment
+
+
+def as_optimizer(optimizer: Any) -> Optimizer:
+    """The pair by its names; None is GradNorm's default."""
+    if optimizer is None:
+        return adam()
+    if not (isinstance(optimizer, (tuple, list)) and len(optimizer) == 2 and all(map(callable, optimizer))):
+        raise ValueError(
+            f"optimizer={optimizer!r} must be gn.sgd(lr), gn.adam(lr) or another (init, update) pair of functions: "
+            "it is the weights' own, not the one of the parameters"
+        )
+    return Optimizer(*optimizer)
+
+
+def sgd(learning_rate: float | Tensor | Schedule) -> Optimizer:
+    r"""Plain gradient descent, :math:`w \leftarrow w - \eta_t g`.
+
+    Args:
+        learning_rate: η, a number, a 0-d tensor, or a schedule that maps the 0-d int64 count of updates
+            so far to η.
+
+    Returns:
+        Optimizer: an (init, update) pair.
+
+    Raises:
+        ValueError: if the learning rate is a number that is not positive.
+
+    Example:
+        >>> import torch, gradnorm_func as gn
+        >>> init, update = gn.sgd(0.5)
+        >>> step, _ = update(torch.tensor([1.0, -2.0]), init(torch.ones(2)), torch.ones(2))
+        >>> step
+        tensor([-0.5000,  1.0000])
+    """
+    _check_rate(learning_rate)
+
+    def init(weights: Tensor) -> SGDState:
+        return SGDState(torch.zeros((), dtype=torch.int64, device=weights.device))
+
+    def update(grad: Tensor, state: SGDState, weights: Tensor) -> tuple[Tensor, SGDState]:
+        return -_rate(learning_rate, state.step) * grad, SGDState(state.step + 1)
+
+    return Optimizer(init, update)
+
+
+def adam(
+    learning_rate: float | Tensor | Schedule = 0.025,
+    *,
+    b1: float | Tensor = 0.9,
+    b2: float | Tensor = 0.999,
+    eps: float | Tensor = 1e-8,
+) -> Optimizer:
+    r"""Adam with bias correction, :math:`w \leftarrow w - \eta_t \hat m / (\sqrt{\hat v} + \epsilon)`.
+
+    Args:
+        learning_rate: η, a number, a 0-d tensor, or a schedule that maps the 0-d int64 count of updates
+            so far to η. The default is the one GradNorm's authors used for the task weights.
+        b1: decay of the first moment, in [0, 1).
+        b2: decay of the second moment, in [0, 1).
+        eps: ε, added to the root of the second moment.
+
+    Returns:
+        Optimizer: an (init, update) pair.
+
+    Raises:
+        ValueError: if the learning rate or ε is a number that is not positive, or a decay lies outside [0, 1).
+
+    Example:
+        >>> import torch, gradnorm_func as gn
+        >>> init, update = gn.adam(0.1)
+        >>> step, _ = update(torch.tensor([3.0, -7.0]), init(torch.ones(2)), torch.ones(2))
+        >>> step
+        tensor([-0.1000,  0.1000])
+
+    Source: Kingma & Ba 2015, Algorithm 1.
+    """
+    _check_rate(learning_rate)
+    for name, decay in (("b1", b1), ("b2", b2)):
+        if not isinstance(decay, Tensor) and not 0 <= decay < 1:
+            raise ValueError(f"{name}={decay} must lie in [0, 1)")
+    if not isinstance(eps, Tensor) and not eps > 0:
+        raise ValueError(f"eps={eps} must be positive: it keeps the step finite where the gradient is zero")
+
+    def init(weights: Tensor) -> AdamState:
+        count = torch.zeros((), dtype=torch.int64, device=weights.device)
+        return AdamState(count, torch.zeros_like(weights), torch.zeros_like(weights))
+
+    def update(grad: Tensor, state: AdamState, weights: Tensor) -> tuple[Tensor, AdamState]:
+        count = state.step + 1
+        mean = b1 * state.mean + (1 - b1) * grad
+        square = b2 * state.square + (1 - b2) * grad * grad
+        power = count.to(grad.dtype)
+        # Stacked, or a compiler would inline the powers and take them again for every element.
+        correct_mean, correct_square = (1 - torch.stack([b1**power, b2**power])).unbind()
+        mean_hat = mean / correct_mean
+        square_hat = square / correct_square
+        step = -_rate(learning_rate, state.step) * mean_hat / (tree.safe_sqrt(square_hat) + eps)
+        return step, AdamState(count, mean, square)
+
+    return Optimizer(init, update)
+
+
+def _rate(learning_rate: float | Tensor | Schedule, count: Tensor) -> float | Tensor:
+    return learning_rate(count) if callable(learning_rate) else learning_rate
+
+
+def _check_rate(learning_rate: float | Tensor | Schedule) -> None:
+    if isinstance(learning_rate, (int, float)) and not learning_rate > 0:
+        raise ValueError(f"learning_rate={learning_rate} must be positive; to freeze the weights pass update=False")

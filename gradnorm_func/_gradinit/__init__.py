@@ -1,0 +1,1 @@
+"""GradInit: the scale of every parameter, learned before training."""

@@ -1,0 +1,1 @@
+"""measure: one pass over a batch, by the engine that fits the loss."""

@@ -1,0 +1,1 @@
+"""RotoGrad: one rotation of the representation per task."""

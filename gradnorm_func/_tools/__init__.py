@@ -1,0 +1,1 @@
+"""What surrounds a training step: loops, sweeps, analysis, and bridges to other code."""
