@@ -1,0 +1,213 @@
+"""The tape: run a function once, pull cotangents back through it. The one primitive under all engines.
+
+Two ways, the same numbers:
+
+- in plain eager mode by autograd itself. It follows the graph, so that what a part does not read costs nothing, and
+  whatever plain PyTorch can train may stand in a loss: activation checkpointing, compiled sub-modules, old-style
+  `autograd.Function`, residuals by `requires_grad_()` and `torch.autograd.grad(create_graph=True)`;
+- by `torch.func.vjp` under `torch.compile` and inside of `vmap`, `grad`, `jvp`: composable and traceable, and a
+  compiler drops what nobody uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.func import vjp, vmap
+
+# What tapes record: leaves -> (outputs, anything else the caller wants to have)
+Recorded = Callable[[list[Tensor]], tuple[list[Tensor], Any]]
+# One gradient for each input; None where autograd knows that the outputs do not depend on it.
+Grads = list[Tensor | None]
+
+
+class Pull(Protocol):
+    """Cotangents of the outputs -> gradients of the inputs."""
+
+    def __call__(
+        self, cotangents: Sequence[Tensor], wanted: Sequence[int] | None = None, *, last: bool = False
+    ) -> Grads:
+        """`wanted` are the indices of the inputs, None is all; `last` frees the graph on the way, as a plain step."""
+
+
+class Tape(NamedTuple):
+    """A function that has been run."""
+
+    outputs: list[Tensor]  # cut from the graph
+    aux: Any
+    pull: Pull
+    saved: list[Tensor]  # the outputs with their graph, where autograd recorded it; [] otherwise
+
+    def pull_rows(
+        self, cotangents: list[Tensor], wanted: Sequence[int] | None, *, vectorize: bool, chunk_size: int | None
+    ) -> Grads:
+        """The pullback over a leading task axis: cotangents (T, ...) -> gradients (T, ...), or None."""
+        if vectorize and not any(map(_needs_a_loop, _nodes(self.saved))):
+            try:
+                return _vectorized(self.pull, cotangents, wanted, chunk_size)
+            except RuntimeError:  # an operation without a batching rule, such as a compiled sub-module
+                if not self.saved:
+                    raise
+        rows = [self.pull([leaf[i] for leaf in cotangents], wanted) for i in range(cotangents[0].shape[0])]
+        return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]  # type: ignore[arg-type]
+
+
+def tape(fn: Recorded, inputs: Sequence[Tensor]) -> Tape:
+    """`fn(inputs)`, recorded: its outputs, what else it returned, and the pullback."""
+    return _by_torch_func(fn, inputs) if traced() else _by_autograd(fn, inputs)
+
+
+def traced() -> bool:
+    """Whether a compiler or a torch.func transform is at work, so that autograd's own tape would not be seen."""
+    return torch.compiler.is_compiling() or inside_transform()
+
+
+def inside_transform() -> bool:
+    """Whether a torch.func transform surrounds this call, so that what we return must stay differentiable."""
+    # There is no public question for this. torch.compile traces this one, but wraps even a None that comes back, so
+    # that `is None` is always False to it; an attribute of a real interpreter tells the two apart.
+    return hasattr(torch._C._functorch.peek_interpreter_stack(), "key")
+
+
+def no_graph() -> AbstractContextManager[Any]:
+    """What keeps autograd from recording our own sums, unless a surrounding transform differentiates through them."""
+    return nullcontext() if inside_transform() else torch.no_grad()
+
+
+def constant(x: Tensor) -> Tensor:
+    """Without the graph that a caller's own tensor may hang on, which a state would keep alive for ever."""
+    return x if inside_transform() else x.detach()
+
+
+def full_precision(like: Tensor) -> AbstractContextManager[Any]:
+    """Without the autocast that may surround us, on the device of `like`.
+
+    A backward pass takes its dtypes from the forward pass, and our own sums are not the user's to round.
+    """
+    kind = like.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # torch 2.10 does not trace is_autocast_available
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+@contextmanager
+def fresh_casts() -> Iterator[None]:
+    """Around a pass: nothing stays of the casts of parameters that autocast remembers.
+
+    It remembers them until the user's autocast ends, and every pass has leaves of its own: under an autocast around a
+    whole training loop, memory would grow by a copy of the parameters with every step.
+    """
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+
+
+def _by_autograd(fn: Recorded, inputs: Sequence[Tensor]) -> Tape:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "torch.inference_mode() records no gradients: use torch.no_grad() here, which is no obstacle"
+        )
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with torch.enable_grad():
+        outputs, aux = fn(leaves)
+    cut = [out.detach() for out in outputs]
+
+    def pull(cotangents: Sequence[Tensor], wanted: Sequence[int] | None = None, *, last: bool = False) -> Grads:
+        pairs = [(out, c) for out, c in zip(outputs, cotangents, strict=True) if out.requires_grad]
+        asked = leaves if wanted is None else [leaves[i] for i in wanted]
+        if not pairs or not asked:
+            return [None] * len(asked)
+        heads, seeds = zip(*pairs, strict=True)
+        try:
+            with full_precision(cut[0]):
+                return list(torch.autograd.grad(heads, asked, seeds, retain_graph=not last, allow_unused=True))
+        except RuntimeError as error:
+            if "use_reentrant" in str(error):
+                raise ValueError(
+                    "torch keeps a reentrant checkpoint from torch.autograd.grad: give the torch.utils.checkpoint in "
+                    "the loss use_reentrant=False"
+                ) from error
+            raise
+
+    return Tape(cut, _without_graph(aux), pull, outputs)
+
+
+def _by_torch_func(fn: Recorded, inputs: Sequence[Tensor]) -> Tape:
+    constants = _Constants()
+
+    def run(leaves: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        outputs, aux = fn(leaves)
+        return outputs, constants.take(aux)
+
+    outputs, pull_all, tensors = vjp(run, list(inputs), has_aux=True)  # type: ignore[misc]
+
+    def pull(cotangents: Sequence[Tensor], wanted: Sequence[int] | None = None, *, last: bool = False) -> Grads:
+        del last  # whoever traces frees what it likes
+        with full_precision(outputs[0]):
+            grads = pull_all(list(cotangents))[0]
+        return list(grads) if wanted is None else [grads[i] for i in wanted]
+
+    return Tape(outputs, constants.put(tensors), pull, [])
+
+
+class _Constants:
+    """What of aux is no tensor: torch.func takes tensors only, so that the rest stays behind and is put back.
+
+    By torch's own pytree, for the order of leaves does not matter here, and Dynamo knows it better: of a dict with no
+    leaves, which an aux may well be, optree's flatten does not trace.
+    """
+
+    def take(self, aux: Any) -> list[Tensor]:
+        leaves, self.treedef = pytree.tree_flatten(aux)
+        self.leaves = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def put(self, tensors: list[Tensor]) -> Any:
+        rest = iter(tensors)
+        return pytree.tree_unflatten([next(rest) if leaf is None else leaf[0] for leaf in self.leaves], self.treedef)
+
+
+def _without_graph(aux: Any) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, aux)
+
+
+def _vectorized(pull: Pull, cotangents: list[Tensor], wanted: Sequence[int] | None, chunk_size: int | None) -> Grads:
+    """vmap takes tensors only, so that what is None for one row, and then for all, stays outside of it."""
+    unread: list[bool] = []
+
+    def one(row: list[Tensor]) -> list[Tensor]:
+        grads = pull(row, wanted)
+        unread[:] = [grad is None for grad in grads]
+        return [grad for grad in grads if grad is not None]
+
+    rows = iter(vmap(one, chunk_size=chunk_size)(cotangents))
+    return [None if missing else next(rows) for missing in unread]
+
+
+def _nodes(outputs: Sequence[Tensor]) -> Iterator[Any]:
+    """Every node of the autograd graph of the outputs."""
+    todo = [out.grad_fn for out in outputs if out.grad_fn is not None]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        yield node
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                todo.append(parent)
+
+
+def _needs_a_loop(node: Any) -> bool:
+    """Whether vmap cannot run this node's backward pass, or only slowly and with a warning."""
+    name = node.name()
+    if "Norm" in name:  # no rule for an input of one dtype and parameters or buffers of another, as under autocast
+        read = (getattr(node, f"_saved_{field}", None) for field in ("input", "weight", "running_mean"))
+        return len({tensor.dtype for tensor in read if isinstance(tensor, Tensor)}) > 1
+    return "ScaledDotProduct" in name or "MkldnnRnn" in name
