@@ -1,56 +1,53 @@
 """Loss balancing as pure functions on torch.func: GradNorm and its kin. Start at `gradnorm_grad`."""
 
-from gradnorm_func._balance.equal_norms import EqualNormsInfo, EqualNormsState, equal_norms
-from gradnorm_func._balance.fixed_ratio import FixedRatioInfo, FixedRatioState, fixed_ratio
-from gradnorm_func._balance.gradnorm import (
-    GradNormInfo,
-    GradNormState,
-    balance,
-    gradnorm,
-    init_state,
-    reset_initial_losses,
-)
+# GradNorm
+from gradnorm_func._balance.algorithm1 import GradNormInfo, GradNormState
+
+# A balancer of one's own, and the others
+from gradnorm_func._balance.balancer import Info, State, balancer
+from gradnorm_func._balance.equal_norms import equal_norms
+from gradnorm_func._balance.fixed_ratio import fixed_ratio
+from gradnorm_func._balance.gradnorm import gradnorm, gradnorm_balance, init_state
 from gradnorm_func._balance.gradnorm_step import gradnorm_grad, gradnorm_update
-from gradnorm_func._balance.ntk import NTKInfo, NTKState, NTKStats, ntk, ntk_kernels
-from gradnorm_func._balance.protocol import Balancer, balancer, mask_vector
-from gradnorm_func._balance.static import StaticInfo, StaticState, export, static
+from gradnorm_func._balance.mgda import mgda
+from gradnorm_func._balance.ntk import ntk
+from gradnorm_func._balance.protocol import Balancer
+from gradnorm_func._balance.rlw import rlw
+from gradnorm_func._balance.seen import Seen
+from gradnorm_func._balance.static import mean_weights, static
+from gradnorm_func._balance.uncertainty import uncertainty
+
+# What a loss is, and the optimizers of the weights
 from gradnorm_func._core.loss import multi_task_loss, shared_linear, stacked_heads, task_names
 from gradnorm_func._core.optim import Optimizer, adam, sgd
+
+# GradInit
 from gradnorm_func._gradinit.rescale_adam import rescale_adam
-from gradnorm_func._gradinit.run import gradinit, gradinit_reinit
+from gradnorm_func._gradinit.run import gradinit
 from gradnorm_func._gradinit.step import (
     GradInitInfo,
     GradInitState,
     gradinit_apply,
     gradinit_init_state,
     gradinit_step,
-    gradinit_update,
 )
+
+# measure → reduce
 from gradnorm_func._measure.check_seam import check_seam
 from gradnorm_func._measure.measure import measure
 from gradnorm_func._reduce.ranks import all_reduce
 from gradnorm_func._reduce.stats import TaskStats, merge
+
+# RotoGrad
 from gradnorm_func._rotograd.balance import RotoGradInfo
 from gradnorm_func._rotograd.evaluate import fold_rotations, rotograd_task_fn
-from gradnorm_func._rotograd.measure import (
-    RotoGradFactors,
-    RotoGradStats,
-    rotograd_factors,
-    rotograd_measure,
-)
-from gradnorm_func._rotograd.merge import rotograd_merge
 from gradnorm_func._rotograd.rotation import random_rotations
-from gradnorm_func._rotograd.rotograd import (
-    rotograd,
-    rotograd_accumulate,
-    rotograd_balance,
-    rotograd_grad,
-    rotograd_init_state,
-    rotograd_update,
-)
-from gradnorm_func._rotograd.scale import RotoGradState
+from gradnorm_func._rotograd.rotograd import rotograd
+from gradnorm_func._rotograd.settings import RotoGradState
+
+# Around a step: analysis, plain autograd, modules and checkpoints, loops
 from gradnorm_func._tools.analysis import task_cosine_similarity, task_grad_norms, task_grads, task_gramian
-from gradnorm_func._tools.autograd import backward_from, fork, measure_from, measure_losses
+from gradnorm_func._tools.autograd import fork, measure_losses
 from gradnorm_func._tools.interop import check_finite, functional, load_state, log_dict, state_dict, write_grads
 from gradnorm_func._tools.layers import LayerReport, layer_analysis
 from gradnorm_func._tools.sweep import SweepResult, sweep
@@ -60,36 +57,25 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Balancer",
-    "EqualNormsInfo",
-    "EqualNormsState",
-    "FixedRatioInfo",
-    "FixedRatioState",
     "GradInitInfo",
     "GradInitState",
     "GradNormInfo",
     "GradNormState",
+    "Info",
     "LayerReport",
-    "NTKInfo",
-    "NTKState",
-    "NTKStats",
     "Optimizer",
-    "RotoGradFactors",
     "RotoGradInfo",
     "RotoGradState",
-    "RotoGradStats",
-    "StaticInfo",
-    "StaticState",
+    "Seen",
+    "State",
     "SweepResult",
     "TaskStats",
     "adam",
     "all_reduce",
-    "backward_from",
-    "balance",
     "balancer",
     "check_finite",
     "check_seam",
     "equal_norms",
-    "export",
     "fixed_ratio",
     "fold_rotations",
     "fork",
@@ -97,37 +83,27 @@ __all__ = [
     "gradinit",
     "gradinit_apply",
     "gradinit_init_state",
-    "gradinit_reinit",
     "gradinit_step",
-    "gradinit_update",
     "gradnorm",
+    "gradnorm_balance",
     "gradnorm_grad",
     "gradnorm_update",
     "init_state",
     "layer_analysis",
     "load_state",
     "log_dict",
-    "mask_vector",
+    "mean_weights",
     "measure",
-    "measure_from",
     "measure_losses",
     "merge",
+    "mgda",
     "multi_task_loss",
     "ntk",
-    "ntk_kernels",
     "random_rotations",
     "rescale_adam",
-    "reset_initial_losses",
+    "rlw",
     "rotograd",
-    "rotograd_accumulate",
-    "rotograd_balance",
-    "rotograd_factors",
-    "rotograd_grad",
-    "rotograd_init_state",
-    "rotograd_measure",
-    "rotograd_merge",
     "rotograd_task_fn",
-    "rotograd_update",
     "sgd",
     "shared_linear",
     "stacked_heads",
@@ -140,5 +116,6 @@ __all__ = [
     "task_gramian",
     "task_names",
     "train",
+    "uncertainty",
     "write_grads",
 ]

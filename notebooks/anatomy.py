@@ -152,7 +152,7 @@ print(f"Test error against equal weights, {len(SEEDS)} seeds; below 0 is better\
 weights = {}
 for name, where in places.items():
     histories, change = changes(gn.gradnorm(alpha=0.12, where=where, log_space=True, optimizer=gn.adam(0.025)))
-    weights[name] = gn.export(histories[0], start=STEPS // 2)
+    weights[name] = gn.mean_weights(histories[0], start=STEPS // 2)
     print(row(name, change))
 print(f"\nMean weights of the second half, seed 0\n{'':14}" + "".join(f"{task:>8}" for task in tasks))
 for name, mean in weights.items():

@@ -71,7 +71,7 @@ def residual(params, t, x):
 # Mind:
 #
 # - no `requires_grad_()` and `torch.autograd.grad` inside a loss: torch.func refuses them. Who has such a loss takes
-#   the norms by `torch.autograd.grad` too and calls `gn.balance(state, gn.TaskStats(losses, norms))`;
+#   the norms by `torch.autograd.grad` too and calls `gn.gradnorm_balance(state, gn.TaskStats(losses, norms))`;
 # - weights that are computed from residuals (causal training, attention) must be detached: `.detach()`;
 # - draw points outside of `vmap`, as here, or in the loss, but not in the function of one point.
 
@@ -212,7 +212,7 @@ right.set(title="share of the gradient (%)", xlabel="training step", ylim=(0, 60
 # - **L-BFGS**: a line search compares values of one function, so weights must not move inside its closure: call
 #   `balancer.grad(..., update=False)` there, and `state = balancer.update(state, params, loss_fn, batch)` between
 #   `optimizer.step(closure)` calls.
-# - **Other rules**: `gn.equal_norms()` and `gn.ntk(...)` are those of jaxpi; `gn.static(gn.export(weights))` retrains
+# - **Other rules**: `gn.equal_norms()` and `gn.ntk(...)` are those of jaxpi; `gn.static(gn.mean_weights(weights))` retrains
 #   with the time average of a run's weights.
 # - **Speed**: nested derivatives take `torch.compile` a minute. `gradnorm_func.demo.equations` propagates them by hand,
 #   and compiles in seconds.

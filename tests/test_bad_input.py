@@ -61,7 +61,7 @@ CALLS = {
         lambda s: gn.gradnorm_grad(fresh(optimizer=gn.sgd(0.1)), P, SEAM, B),
         "the state holds SGDState, but this optimizer keeps AdamState: give init_state and the updates the same",
     ),
-    "state of adam": (lambda s: gn.balance(s, stats([1, 2, 3]), optimizer=gn.sgd(0.1)), "keeps SGDState"),
+    "state of adam": (lambda s: gn.gradnorm_balance(s, stats([1, 2, 3]), optimizer=gn.sgd(0.1)), "keeps SGDState"),
     # number of tasks
     "tasks, general": (lambda s: gn.gradnorm_grad(fresh(2), P, GENERAL, B), tasks_changed(3, 2)),
     "tasks, general at W": (
@@ -74,9 +74,9 @@ CALLS = {
     ),
     "tasks, update": (lambda s: gn.gradnorm_update(fresh(2), P, SEAM, B), tasks_changed(3, 2)),
     "tasks, fixed_ratio": (lambda s: FIXED.grad(FIXED.init(2), P, SEAM, B), tasks_changed(3, 2)),
-    "tasks, balance": (lambda s: gn.balance(s, stats([1.0, 2.0], [1.0, 2.0])), tasks_changed(2, 3)),
+    "tasks, balance": (lambda s: gn.gradnorm_balance(s, stats([1.0, 2.0], [1.0, 2.0])), tasks_changed(2, 3)),
     "tasks, norms": (
-        lambda s: gn.balance(s, stats([1.0, 2.0, 3.0], [1.0, 2.0])), "grad_norms has 2 entries, but there are 3 tasks"
+        lambda s: gn.gradnorm_balance(s, stats([1.0, 2.0, 3.0], [1.0, 2.0])), "grad_norms has 2 entries, but there are 3 tasks"
     ),
     "one loss": (
         lambda s: gn.gradnorm_grad(s, P, lambda p, b: {"a": p["trunk.0"].sum()}, B),
@@ -123,12 +123,12 @@ CALLS = {
     "alpha": (lambda s: gn.gradnorm_grad(s, P, SEAM, B, alpha=-0.5), "alpha=-0.5 must be at least 0: 0 aims at equal"),
     "alpha NaN": (lambda s: gn.gradnorm_update(s, P, SEAM, B, alpha=NAN), "alpha=nan must be at least 0"),
     "alpha of the factory": (lambda s: gn.gradnorm(alpha=-1), "alpha=-1 must be at least 0"),
-    "floor": (lambda s: gn.balance(s, stats([1, 2, 3]), floor=0.0), "floor=0.0 is relative to the mean weight"),
+    "floor": (lambda s: gn.gradnorm_balance(s, stats([1, 2, 3]), floor=0.0), "floor=0.0 is relative to the mean weight"),
     "burn_in": (lambda s: gn.gradnorm(burn_in=-1), "burn_in=-1 counts steps from 0"),
     "initial_decay": (lambda s: gn.gradnorm(initial_decay=1.5), "initial_decay=1.5 must lie in [0, 1]"),
-    "norm_ratios": (lambda s: gn.balance(s, stats([1, 2, 3]), norm_ratios=[1, 2]), "norm_ratios has 2 entries"),
+    "norm_ratios": (lambda s: gn.gradnorm_balance(s, stats([1, 2, 3]), norm_ratios=[1, 2]), "norm_ratios has 2 entries"),
     "negative norm_ratios": (
-        lambda s: gn.balance(s, stats([1, 2, 3]), norm_ratios=[1, -2, 1]), "norm_ratios=[1, -2, 1] must be positive"
+        lambda s: gn.gradnorm_balance(s, stats([1, 2, 3]), norm_ratios=[1, -2, 1]), "norm_ratios=[1, -2, 1] must be positive"
     ),
     "torch's optimizer": (
         lambda s: gn.gradnorm_grad(s, P, SEAM, B, optimizer=torch.optim.Adam), "must be gn.sgd(lr), gn.adam(lr) or"
@@ -138,7 +138,7 @@ CALLS = {
     "adam decay": (lambda s: gn.adam(0.1, b2=1.0), "b2=1.0 must lie in [0, 1)"),
     "adam eps": (lambda s: gn.adam(0.1, eps=0.0), "eps=0.0 must be positive"),
     "no norms": (
-        lambda s: gn.balance(s, gn.TaskStats([1.0, 2.0, 3.0])), "stats has no grad_norms: measure(..., norms=True)"
+        lambda s: gn.gradnorm_balance(s, gn.TaskStats([1.0, 2.0, 3.0])), "stats has no grad_norms: measure(..., norms=True)"
     ),
     "no norms, fixed_ratio": (lambda s: FIXED.balance(FIXED.init(2), gn.TaskStats([1.0, 2.0])), "no grad_norms"),
     # mask
@@ -147,7 +147,7 @@ CALLS = {
         "mask=[False, False, False] leaves no task: skip this batch, or pass update=False",
     ),
     "nothing present, dict": (
-        lambda s: gn.balance(s, stats([1, 2, 3]), mask=dict.fromkeys("abc", False)), "leaves no task"
+        lambda s: gn.gradnorm_balance(s, stats([1, 2, 3]), mask=dict.fromkeys("abc", False)), "leaves no task"
     ),
     "mask length": (
         lambda s: gn.gradnorm_grad(s, P, SEAM, B, mask=torch.tensor([True, False])),
@@ -204,13 +204,13 @@ UNUSABLE = {
 def test_a_step_that_is_not_finite_leaves_the_state_bit_for_bit(case, first, log_space, optimizer):
     state = fresh(optimizer=optimizer)
     if not first:
-        state, _ = gn.balance(state, stats([1.0, 2.0, 3.0]), optimizer=optimizer)
+        state, _ = gn.gradnorm_balance(state, stats([1.0, 2.0, 3.0]), optimizer=optimizer)
     elif case.startswith("negative"):
         state = fresh(optimizer=optimizer, initial_losses=[1.0, 1.0, 1.0])
-    new, info = gn.balance(state, stats(*UNUSABLE[case]), alpha=1.5, log_space=log_space, optimizer=optimizer)
+    new, info = gn.gradnorm_balance(state, stats(*UNUSABLE[case]), alpha=1.5, log_space=log_space, optimizer=optimizer)
     assert not info.finite
     assert same_bits(new, state)
-    new, info = gn.balance(state, stats([1.0, 2.0, 3.0]), log_space=log_space, optimizer=optimizer)
+    new, info = gn.gradnorm_balance(state, stats([1.0, 2.0, 3.0]), log_space=log_space, optimizer=optimizer)
     assert info.finite, "the next good step goes on"
     assert new.step == state.step + 1
 
@@ -219,7 +219,7 @@ def test_a_step_that_is_not_finite_leaves_the_state_bit_for_bit(case, first, log
 def test_a_learning_rate_that_is_not_finite_leaves_the_state(log_space):
     broken = gn.sgd(lambda t: torch.tensor(NAN))
     state = fresh(optimizer=broken)
-    new, info = gn.balance(state, stats([1.0, 2.0, 3.0]), optimizer=broken, log_space=log_space)
+    new, info = gn.gradnorm_balance(state, stats([1.0, 2.0, 3.0]), optimizer=broken, log_space=log_space)
     assert not info.finite
     assert same_bits(new, state)
 
@@ -235,26 +235,26 @@ def test_a_mask_tensor_false_everywhere_leaves_the_state(mask):
 
 
 def test_zero_losses():
-    state, info = gn.balance(fresh(), stats([0.0, 2.0, 3.0]))
+    state, info = gn.gradnorm_balance(fresh(), stats([0.0, 2.0, 3.0]))
     assert info.finite
     assert state.initial_losses[0].isnan(), "0 is no L(0): the next loss is"
     assert torch.equal(info.inverse_rates, torch.ones(3, dtype=F64))
-    state, _ = gn.balance(state, stats([4.0, 2.0, 3.0]))
+    state, _ = gn.gradnorm_balance(state, stats([4.0, 2.0, 3.0]))
     assert state.initial_losses.tolist() == [4.0, 2.0, 3.0]
-    state, info = gn.balance(state, stats([0.0, 1.0, 3.0]), alpha=0.5)  # solved: it wants no gradient any more
+    state, info = gn.gradnorm_balance(state, stats([0.0, 1.0, 3.0]), alpha=0.5)  # solved: it wants no gradient any more
     assert info.finite
     assert info.targets[0] == 0
-    state, info = gn.balance(state, stats([0.0, 0.0, 0.0]))
+    state, info = gn.gradnorm_balance(state, stats([0.0, 0.0, 0.0]))
     assert info.finite
     assert (state.weights > 0).all()
 
 
 def test_zero_norms_are_reported_and_harmless():
-    state, info = gn.balance(fresh(), stats([1.0, 2.0, 3.0], [0.0, 0.0, 0.0]))
+    state, info = gn.gradnorm_balance(fresh(), stats([1.0, 2.0, 3.0], [0.0, 0.0, 0.0]))
     assert info.finite
     assert torch.equal(info.grad_norms, torch.zeros(3, dtype=F64))
     assert torch.equal(state.weights, torch.ones(3, dtype=F64))
-    state, info = gn.balance(state, stats([1.0, 2.0, 3.0], [0.0, 1.0, 1.0]))
+    state, info = gn.gradnorm_balance(state, stats([1.0, 2.0, 3.0], [0.0, 1.0, 1.0]))
     assert info.finite
     assert (state.weights > 0).all()
     # A wrong W, here another task's head, shows up in the model's Info as exact zeros.
@@ -263,7 +263,7 @@ def test_zero_norms_are_reported_and_harmless():
 
 
 def test_numbers_arrays_and_numpy_scalars_are_as_good_as_tensors():
-    expected, _ = gn.balance(fresh(weights=[0.1, 0.2, 0.7]), stats([1.1, 2.2, 3.3]))
+    expected, _ = gn.gradnorm_balance(fresh(weights=[0.1, 0.2, 0.7]), stats([1.1, 2.2, 3.3]))
     assert expected.total.item() == pytest.approx(1.0, rel=1e-15), "numbers must not pass through float32"
     for make in (
         list,
@@ -273,5 +273,5 @@ def test_numbers_arrays_and_numpy_scalars_are_as_good_as_tensors():
         lambda x: [np.float64(v) for v in x],
     ):
         state = fresh(weights=make([0.1, 0.2, 0.7]))
-        new, _ = gn.balance(state, gn.TaskStats(make([1.1, 2.2, 3.3]), make([3.0, 1.0, 2.0])))
+        new, _ = gn.gradnorm_balance(state, gn.TaskStats(make([1.1, 2.2, 3.3]), make([3.0, 1.0, 2.0])))
         assert same_bits(new, expected)

@@ -72,8 +72,6 @@ def test_nothing_is_mutated_and_no_graph_is_left(name, path):
 @every
 def test_the_callers_own_losses_leave_no_graph(name):
     """Losses and norms from classic autograd, still attached: a state that kept their graph would keep every step."""
-    if name == "user":
-        pytest.skip("its balance is the user's own")
     balancer, state, params, loss_fn, batch = setup(name, "general")
     theta = {path: leaf.requires_grad_() for path, leaf in params.items()}
     losses = loss_fn(theta, batch)
@@ -81,8 +79,9 @@ def test_the_callers_own_losses_leave_no_graph(name):
         task: torch.autograd.grad(loss, theta["trunk.1.weight"], create_graph=True)[0].norm()
         for task, loss in losses.items()
     }
-    kind = gn.NTKStats if name == "ntk" else gn.TaskStats  # the field after the losses is this rule's kernels
-    new, info = balancer.balance(state, kind(losses, norms))
+    vector = torch.stack([norms[task] for task in sorted(norms)])
+    stats = gn.TaskStats(losses, norms, gramian=vector[:, None] * vector, extra=vector)
+    new, info = balancer.balance(state, stats)
     assert not any(leaf.requires_grad for leaf in leaves(new, info))
 
 

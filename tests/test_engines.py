@@ -216,7 +216,7 @@ def test_weights_from_norms(name: str, form: str, place: str) -> None:
     loss_fn = in_form(case, form)
     for _ in range(2):
         out = gn.measure(case.params(), loss_fn, case.batch, where=case.where[place], has_aux=case.has_aux,
-                         weights=lambda losses, norms, example_norms: losses / norms)  # fmt: skip
+                         weights=lambda stats: stats.losses / stats.grad_norms)  # fmt: skip
         stats = out[0] if case.has_aux else out
         assert_norms(case, "abc", place, stats.grad_norms, place == "z" and form != "general")
         rows, weights = case.reference(None).rows, stats.losses / stats.grad_norms
@@ -235,7 +235,9 @@ def test_no_norms_and_a_weight_of_zero(form: str, place: str) -> None:
     rows = case.reference(None).rows
     total = [weights[0] * a + weights[2] * c for a, c in zip(rows["a"], rows["c"], strict=True)]
     for norms in (False, True, True):
-        stats = gn.measure(case.params(), loss_fn, case.batch, weights=weights, where=where, norms=norms)
+        stats = gn.measure(
+            case.params(), loss_fn, case.batch, weights=weights, where=where, needs="norms" if norms else "losses"
+        )
         assert_same_sum([stats.grads[path] for path in case.paths(None)], total)
         assert isinstance(stats.grad_norms, Tensor) == norms
     at_z = place == "z" and form != "general"

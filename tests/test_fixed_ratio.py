@@ -99,7 +99,7 @@ def test_update_false_uses_the_last_weights(update):
     grads, new, info = balancer.grad(state, problem.params, problem.seam, make_batch(7), update=update)
     assert same_bits(new, state)
     assert torch.equal(info.weights, state.weights)
-    plain = gn.measure(problem.params, problem.general, make_batch(7), weights=state.weights, norms=False)
+    plain = gn.measure(problem.params, problem.general, make_batch(7), weights=state.weights, needs="losses")
     torch.testing.assert_close(grads, plain.grads, rtol=1e-10, atol=1e-13)
 
 
@@ -114,9 +114,9 @@ def test_update_false_uses_the_last_weights(update):
         (lambda: gn.fixed_ratio([0.0, 0.0]).init(2), r"not all 0"),
         (lambda: gn.static([1.0]).init(2), r"weights has 1 entries, but num_tasks=2"),
         (lambda: gn.static([1.0, float("nan")]).init(2), r"must be finite"),
-        (lambda: gn.export(torch.ones(3)), r"weights must be \(steps, T\)"),
-        (lambda: gn.export([1.0]), r"weights must be \(steps, T\)"),
-        (lambda: gn.export(torch.ones(3, 2), start=3), r"start=3 leaves no step of 3"),
+        (lambda: gn.mean_weights(torch.ones(3)), r"weights must be \(steps, T\)"),
+        (lambda: gn.mean_weights([1.0]), r"weights must be \(steps, T\)"),
+        (lambda: gn.mean_weights(torch.ones(3, 2), start=3), r"start=3 leaves no step of 3"),
     ],
 )
 def test_mistakes_name_the_argument(make, message):
@@ -148,9 +148,9 @@ def test_gradnorm_static_is_the_time_average_of_a_run():
     problem = make_problem()
     batches = [make_batch(t) for t in range(6)]
     _, _, history = gn.train(problem.params, problem.seam, batches, balancer=gn.gradnorm(), progress=False)
-    mean = gn.export(history)
+    mean = gn.mean_weights(history)
     torch.testing.assert_close(mean, history.weights.mean(0))
-    torch.testing.assert_close(gn.export(history.weights, start=4), (history.weights[4] + history.weights[5]) / 2)
+    torch.testing.assert_close(gn.mean_weights(history.weights, start=4), (history.weights[4] + history.weights[5]) / 2)
     state = gn.static(mean).init(3, dtype=F64)
     assert torch.equal(state.weights, mean)
     state.weights.zero_()

@@ -28,7 +28,7 @@ def start(num_tasks=2, optimizer=None, **options):
 
 
 def step(state, losses, norms, optimizer=None, **options):
-    return gn.balance(state, of(losses, norms), optimizer=optimizer or gn.sgd(0.1), **options)
+    return gn.gradnorm_balance(state, of(losses, norms), optimizer=optimizer or gn.sgd(0.1), **options)
 
 
 # ---------------------------------------------------------------------------------------------- Algorithm 1
@@ -137,7 +137,7 @@ def test_the_derivative_at_a_met_target_is_finite():
     """There the weights' gradient is 0, and so is Adam's second moment, under a root."""
     state = start(2, gn.adam())
     losses, norms = torch.ones(2, 2, dtype=F64)
-    update = lambda norms: gn.balance(state, gn.TaskStats(losses, norms))[0].weights[0]
+    update = lambda norms: gn.gradnorm_balance(state, gn.TaskStats(losses, norms))[0].weights[0]
     assert torch.func.grad(update)(norms).isfinite().all()
 
 
@@ -206,7 +206,7 @@ def test_weights_undo_the_scale_of_a_loss(alpha, log_space):
         scaled = gn.TaskStats(stats.losses * scale, stats.grad_norms * scale)
         state = start(3, optimizer)._replace(initial_losses=initial * scale)
         for _ in range(2500):
-            state, info = gn.balance(state, scaled, alpha=alpha, optimizer=optimizer, log_space=log_space)
+            state, info = gn.gradnorm_balance(state, scaled, alpha=alpha, optimizer=optimizer, log_space=log_space)
         return state.weights, info.weights * info.grad_norms, info.inverse_rates
 
     weights, weighted, rates = torch.func.vmap(settle)(factors)
@@ -339,7 +339,7 @@ def test_update_false_freezes_the_state_and_still_reports(update):
     assert same_bits(new, state)
     assert torch.equal(info.weights, state.weights)
     assert info.finite
-    expected = gn.measure(problem.params, problem.general, problem.batch, weights=state.weights, norms=False)
+    expected = gn.measure(problem.params, problem.general, problem.batch, weights=state.weights, needs="losses")
     torch.testing.assert_close(grads, expected.grads, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(info.losses, expected.losses)
     assert same_bits(balancer.update(state, problem.params, problem.seam, problem.batch, update=update), state)
@@ -363,7 +363,7 @@ def test_weights_stay_positive_finite_and_of_constant_sum(rate, log_space):
     state = start(4, optimizer, weights=[0.1, 1.0, 2.0, 0.4])
     for _ in range(50):
         losses, norms = torch.rand(2, 4, generator=draw, dtype=F64) + 0.01
-        state, info = gn.balance(
+        state, info = gn.gradnorm_balance(
             state, gn.TaskStats(losses, 100 * norms), optimizer=optimizer, log_space=log_space, alpha=1.0
         )
         assert info.finite

@@ -292,7 +292,9 @@ def test_classic_residual_by_way_of_its_own_norms() -> None:
         rows = {name: torch.autograd.grad(loss, leaves_, retain_graph=True) for name, loss in losses.items()}
         norms = {name: torch.cat([g.flatten() for g in row]).norm() for name, row in rows.items()}
         w = dict(zip(gn.task_names(losses), classic_state.weights, strict=True))
-        classic_state, _ = gn.balance(classic_state, gn.TaskStats(losses, norms), alpha=0.5, optimizer=optimizer)
+        classic_state, _ = gn.gradnorm_balance(
+            classic_state, gn.TaskStats(losses, norms), alpha=0.5, optimizer=optimizer
+        )
         with torch.no_grad():
             for i, leaf in enumerate(leaves_):
                 leaf -= 1e-3 * sum(w[name] * rows[name][i] for name in rows)

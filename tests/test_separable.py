@@ -97,9 +97,9 @@ def test_pinn(form: str, place: str) -> None:
 
 def test_weights_from_norms() -> None:
     """Weights chosen within the pass need no second one."""
-    (params, points), weights = problem(), lambda losses, norms, example_norms: norms.sum() / norms
+    (params, points), weights = problem(), lambda stats: stats.grad_norms.sum() / stats.grad_norms
     found = gn.measure(params, FORMS["separable"](), points, weights=weights)
-    expected = gn.measure(params, FORMS["plain"](), points, weights=weights(None, found.grad_norms, None))
+    expected = gn.measure(params, FORMS["plain"](), points, weights=weights(found))
     assert_same_sum(optree.tree_leaves(found.grads), optree.tree_leaves(expected.grads))
 
 

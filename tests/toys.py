@@ -61,26 +61,12 @@ def make_problem(seed=0, num_tasks=3, dtype=torch.float64):
 # The balancer that the docstring of gn.balancer writes.
 
 
-class InverseNormState(NamedTuple):
-    weights: torch.Tensor  # (T,)
-
-
-class InverseNormInfo(NamedTuple):
-    losses: torch.Tensor  # (T,)
-    weights: torch.Tensor  # (T,)
-
-
 def inverse_norm(mix=0.1, where=None):
-    def init(num_tasks, *, dtype=None, device=None):
-        return InverseNormState(torch.ones(num_tasks, dtype=dtype, device=device))
+    def rule(state, seen):
+        inverse = 1 / seen.norms
+        return torch.lerp(state.weights, inverse / seen.mean(inverse), mix), ()
 
-    def balance(state, stats, *, mask=None, update=True):
-        inverse = 1 / stats.grad_norms
-        goal = inverse * len(inverse) / inverse.sum()
-        new = InverseNormState(state.weights + mix * (goal - state.weights))
-        return (new if update else state), InverseNormInfo(stats.losses, state.weights)
-
-    return gn.balancer(init, balance, where=where)
+    return gn.balancer(rule, where=where)
 
 
 def residual_at(task):
@@ -109,6 +95,9 @@ BALANCERS = {
     "equal-norms": lambda where: gn.equal_norms(where=where, momentum=0.6, every=2),
     "ntk": lambda where: ntk(momentum=0.6),
     "static": lambda where: gn.static([0.5, 1.0, 2.0], where=where, norms=True),
+    "uncertainty": lambda where: gn.uncertainty(),
+    "rlw": lambda where: gn.rlw(),
+    "mgda": lambda where: gn.mgda(where=where),
     "user": lambda where: inverse_norm(where=where),
 }
 

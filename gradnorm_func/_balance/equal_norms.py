@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 
-from gradnorm_func._balance.protocol import Balancer, balancer, check_state, choose, here_of, vectors, weighted_total
-from gradnorm_func._core.loss import task_vector
+from gradnorm_func._balance.balancer import Info, State, balancer
+from gradnorm_func._balance.protocol import Balancer
+from gradnorm_func._balance.seen import Seen
 from gradnorm_func._core.tree import Where
-from gradnorm_func._reduce.stats import TaskStats
 
 
-class EqualNormsState(NamedTuple):
-    """The weights, and how many steps there were, for they move in some of them only."""
-
-    weights: Tensor  # (T,) w_i > 0
-    step: Tensor  # () int64: steps so far
-
-
-class EqualNormsInfo(NamedTuple):
-    """What one would log of a step; all taken before the weights moved."""
-
-    losses: Tensor  # (T,) L_i
-    weights: Tensor  # (T,) w_i of this step's total loss
-    grad_norms: Tensor  # (T,) ‖∇_W L_i‖, unweighted
-    total_loss: Tensor  # () Σ w_i L_i
-    finite: Tensor  # () bool: False means that the state was left as it was
-
-
-def equal_norms(*, where: Where = None, momentum: float = 0.9, every: int = 1000) -> Balancer:
+def equal_norms(*, where: Where = None, momentum: float = 0.9, every: int = 1000) -> Balancer[State, Info]:
     r"""Every weighted gradient gets the mean length, by a moving average: a PINN's usual loss weights.
 
     .. math:: w_i \leftarrow m\, w_i + (1 - m)\, \frac{\mathrm{mean}_j \|\nabla_W L_j\|}{\|\nabla_W L_i\|}
@@ -38,9 +19,8 @@ def equal_norms(*, where: Where = None, momentum: float = 0.9, every: int = 1000
     in the steps 0, `every`, 2 `every`, .... There is no L(0) and no alpha, and the sum of the weights is free: it
     grows as the norms drift apart, and with it the step of an optimizer that does not normalise.
 
-    The norms are measured in every step, used or not, for a graph without branches cannot know. That is nearly free
-    for `multi_task_loss(None, ...)`. Where it is not, give `every=1` and let the caller say when:
-    `balancer.grad(..., update=t % 1000 == 0)` costs a plain step wherever `update` is False.
+    Nothing is measured in between, unless the step is compiled: a graph without branches measures always, so give it
+    `update=t % 1000 == 0`, which costs a plain step wherever it is False.
 
     Args:
         where: W, as in `measure`. None is every parameter for a PINN, as in the source.
@@ -48,7 +28,7 @@ def equal_norms(*, where: Where = None, momentum: float = 0.9, every: int = 1000
         every: steps from one update to the next. What is not finite in the step of an update lets the next one update.
 
     Returns:
-        Balancer(init, update, grad, balance), `init(num_tasks, *, weights=None, dtype=None, device=None)`.
+        Balancer.
 
     Raises:
         ValueError: for hyperparameters out of range.
@@ -66,45 +46,17 @@ def equal_norms(*, where: Where = None, momentum: float = 0.9, every: int = 1000
     from before this batch's step, there from after it; over devices gradients are averaged (`gn.merge`), not weights.
     """
     check_momentum(momentum)
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every={every!r} must be a number of steps, at least 1")
 
-    def init(
-        num_tasks: int,
-        *,
-        weights: Any = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> EqualNormsState:
-        step = torch.zeros((), dtype=torch.int64, device=device)
-        return EqualNormsState(start_weights(num_tasks, weights, dtype, device), step)
+    def rule(state: State, seen: Seen) -> tuple[Tensor, tuple[()]]:
+        return toward_equal(state.weights, seen.norms, seen, momentum), ()
 
-    def balance(
-        state: EqualNormsState, stats: TaskStats, *, mask: Any = None, update: bool | Tensor = True
-    ) -> tuple[EqualNormsState, EqualNormsInfo]:
-        check_state(state, EqualNormsState, "gn.equal_norms(...).init(T)")
-        w = state.weights
-        losses, norms = vectors(state, stats, needed=update is not False)
-        here = here_of(state, mask)
-        info = EqualNormsInfo(
-            losses, w, norms, weighted_total(w, losses, here), (losses.isfinite() | ~here).all()
-        )  # fmt: skip
-        if update is False:
-            return state, info
-        moved = toward_equal(w, norms, here, momentum)
-        finite = info.finite & ((norms.isfinite() & moved.isfinite()) | ~here).all()
-        moved = torch.where(state.step % every == 0, moved, w)
-        ok = finite & here.any() & torch.as_tensor(update, device=w.device)
-        return choose(ok, EqualNormsState(moved, state.step + 1), state), info._replace(finite=finite)
-
-    return balancer(init, balance, where=where)
+    return balancer(rule, where=where, every=every)
 
 
-def toward_equal(weights: Tensor, sizes: Tensor, here: Tensor, momentum: float) -> Tensor:
-    """Weights moved towards mean(sizes) / sizes, of the tasks that are here and have a size."""
-    mean = torch.where(here, sizes, 0.0).sum() / here.sum().clamp(min=1)
-    moves = here & (sizes != 0)
-    goal = mean / torch.where(moves, sizes, 1.0)
+def toward_equal(weights: Tensor, sizes: Tensor, seen: Seen, momentum: float) -> Tensor:
+    """Weights moved towards mean(sizes) / sizes; those of tasks without a size stay."""
+    moves = sizes != 0
+    goal = seen.mean(sizes) / torch.where(moves, sizes, 1.0)
     return torch.where(moves, momentum * weights + (1 - momentum) * goal, weights)
 
 
@@ -112,16 +64,3 @@ def check_momentum(momentum: float) -> None:
     """Refuses what would not be a moving average."""
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum={momentum} must lie in [0, 1); 0 goes all the way at once")
-
-
-def start_weights(num_tasks: int, weights: Any, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
-    """(T,) initial weights, 1 for each task unless they are given."""
-    dtype = torch.get_default_dtype() if dtype is None else dtype
-    if weights is None:
-        return torch.ones(num_tasks, dtype=dtype, device=device)
-    given = task_vector(weights, "weights", dtype).detach().to(dtype=dtype, device=device, copy=True)
-    if given.shape[0] != num_tasks:
-        raise ValueError(f"weights has {given.shape[0]} entries, but num_tasks={num_tasks}")
-    if not bool(((given > 0) & given.isfinite()).all()):
-        raise ValueError(f"weights={weights!r} must be positive and finite")
-    return given

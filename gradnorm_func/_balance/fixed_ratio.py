@@ -7,38 +7,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradnorm_func._balance.protocol import (
-    Balancer,
-    balancer,
-    check_state,
-    choose,
-    constant,
-    here_of,
-    vectors,
-    weighted_total,
-)
+from gradnorm_func._balance.balancer import Info, State, balancer
+from gradnorm_func._balance.protocol import Balancer
+from gradnorm_func._balance.seen import Seen
 from gradnorm_func._core.loss import task_vector
 from gradnorm_func._core.tree import Where
-from gradnorm_func._reduce.stats import TaskStats
 
 
-class FixedRatioState(NamedTuple):
+class NormAverages(NamedTuple):
     """Moving averages of the gradient norms."""
 
-    weights: Tensor  # (T,) w_i of the last step
-    norm_sums: Tensor  # (T,) Σ_t β^(now - t) n_i(t)
-    norm_counts: Tensor  # (T,) Σ_t β^(now - t), over the steps in which the task was present
-
-
-class FixedRatioInfo(NamedTuple):
-    """What one would log of a step."""
-
-    losses: Tensor  # (T,) L_i
-    weights: Tensor  # (T,) w_i that this step's norms give
-    grad_norms: Tensor  # (T,) ‖∇_W L_i‖, unweighted
-    mean_norms: Tensor  # (T,) the bias-corrected moving average of n_i
-    total_loss: Tensor  # () Σ w_i L_i
-    finite: Tensor  # () bool: False means that the state was left as it was
+    sums: Tensor  # (T,) Σ_t β^(now - t) n_i(t)
+    counts: Tensor  # (T,) Σ_t β^(now - t), over the steps in which the task was present
 
 
 def fixed_ratio(
@@ -49,7 +29,8 @@ def fixed_ratio(
     decay: float | Tensor = 0.999,
     per_example: bool = True,
     eps: float = 1e-12,
-) -> Balancer:
+    every: int = 1,
+) -> Balancer[State, Info]:
     r"""Every task gets a fixed share of the gradient at W.
 
     .. math:: \sum_i g_i \; \frac{\rho_i}{\sum_j \rho_j} \frac{R}{\epsilon + \bar n_i}, \qquad
@@ -67,10 +48,10 @@ def fixed_ratio(
         per_example: at z, n_i is the mean over the batch of each example's norm; otherwise, and wherever W are
             parameters, the norm of the whole.
         eps: ε.
+        every: the weights move in every k-th step, as in `balancer`.
 
     Returns:
-        Balancer(init, update, grad, balance), `init(num_tasks, *, dtype=None, device=None)`. A state that has seen no
-        step has the weights R ρ_i / Σ ρ_j, which only matter where weights from before the step are used
+        Balancer, with `state.memory` the moving averages. A state that has seen no step has the weights R ρ_i / Σ ρ_j, which only matter where weights from before the step are used
         (`measure(..., weights=state.weights)`). With `micro_batches` or `reduce` a step takes two passes over the
         batch, the first for the norms of the whole; what is random in the loss is drawn anew in the second.
 
@@ -95,47 +76,31 @@ def fixed_ratio(
     if not eps >= 0:
         raise ValueError(f"eps={eps} must not be negative")
 
-    def init(
-        num_tasks: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-    ) -> FixedRatioState:
-        dtype = torch.get_default_dtype() if dtype is None else dtype
-        shares = _shares(ratios, torch.ones(num_tasks, dtype=dtype, device=device))
+    def rule(state: State, seen: Seen) -> tuple[Tensor, NormAverages]:
+        norms = seen.example_norms if isinstance(seen.example_norms, Tensor) else seen.norms
+        sums, counts = decay * state.memory.sums + norms, decay * state.memory.counts + 1
+        shares = _shares(ratios, norms)
+        return budget * shares / seen.sum(shares) / (eps + sums / counts), NormAverages(sums, counts)
+
+    def start(ones: Tensor) -> Tensor:
+        shares = _shares(ratios, ones)
         if not bool(((shares >= 0) & shares.isfinite()).all() & (shares.sum() > 0)):
             raise ValueError(f"ratios={ratios!r} must be finite, at least 0, and not all 0")
-        return FixedRatioState(budget * shares / shares.sum(), torch.zeros_like(shares), torch.zeros_like(shares))
+        return budget * shares / shares.sum()
 
-    def balance(
-        state: FixedRatioState, stats: TaskStats, *, mask: Any = None, update: bool | Tensor = True
-    ) -> tuple[FixedRatioState, FixedRatioInfo]:
-        check_state(state, FixedRatioState, "gn.fixed_ratio(...).init(T)")
-        losses, grad_norms = vectors(state, stats, needed=update is not False)
-        here = here_of(state, mask)
-        if update is False:
-            means = state.norm_sums / state.norm_counts
-            finite = (losses.isfinite() | ~here).all()
-            return state, FixedRatioInfo(
-                losses, state.weights, grad_norms, means, weighted_total(state.weights, losses, here), finite
-            )
-        seen = grad_norms
-        if per_example and isinstance(stats.example_norms, Tensor):
-            seen = constant(stats.example_norms.to(losses.dtype))
-        sums = torch.where(here, decay * state.norm_sums + seen, state.norm_sums)
-        counts = torch.where(here, decay * state.norm_counts + 1, state.norm_counts)
-        means = sums / counts
-        shares = _shares(ratios, losses)
-        shares = shares / torch.where(here, shares, 0.0).sum()
-        weights = torch.where(here, budget * shares / (eps + means), state.weights)
-        finite = ((losses.isfinite() & seen.isfinite() & weights.isfinite()) | ~here).all()
-        ok = finite & here.any() & torch.as_tensor(update, device=losses.device)
-        new = choose(ok, FixedRatioState(weights, sums, counts), state)
-        return new, FixedRatioInfo(
-            losses, new.weights, grad_norms, means, weighted_total(new.weights, losses, here), finite
-        )
-
-    return balancer(init, balance, where=where, same_step=True)
+    return balancer(
+        rule,
+        needs="example_norms" if per_example else "norms",
+        same_step=True,
+        where=where,
+        every=every,
+        weights=start,
+        memory=lambda weights: NormAverages(torch.zeros_like(weights), torch.zeros_like(weights)),
+    )
 
 
 def _shares(ratios: Any, like: Tensor) -> Tensor:
+    """(T,) ρ, as they were given."""
     if ratios is None:
         return torch.ones_like(like)
     shares = task_vector(ratios, "ratios", like.dtype).to(like)

@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal, Unpack, cast, overload
 
 from torch import Tensor
 
-from gradnorm_func._balance.gradnorm import GradNormState, gradnorm
-from gradnorm_func._balance.protocol import Reduce
+from gradnorm_func._balance.algorithm1 import GradNormInfo, GradNormState
+from gradnorm_func._balance.gradnorm import GradNormOptions, gradnorm
+from gradnorm_func._balance.protocol import Balancer, PassOptions
 from gradnorm_func._core import optim
 from gradnorm_func._core.loss import LossFn
-from gradnorm_func._core.tree import Where
+from gradnorm_func._core.tree import Params, Where
+
+
+class GradNormStepOptions(PassOptions, GradNormOptions, total=False):
+    """Those of a step, and the rarer hyperparameters."""
+
+
+@overload
+def gradnorm_grad(
+    state: GradNormState,
+    params: Params,
+    loss_fn: LossFn,
+    batch: Any,
+    *,
+    where: Where = None,
+    alpha: float | Tensor = 1.5,
+    optimizer: optim.Optimizer | None = None,
+    has_aux: Literal[False] = False,
+    **options: Unpack[GradNormStepOptions],
+) -> tuple[Params, GradNormState, GradNormInfo]: ...
+
+
+@overload
+def gradnorm_grad(
+    state: GradNormState,
+    params: Params,
+    loss_fn: LossFn,
+    batch: Any,
+    *,
+    where: Where = None,
+    alpha: float | Tensor = 1.5,
+    optimizer: optim.Optimizer | None = None,
+    has_aux: Literal[True],
+    **options: Unpack[GradNormStepOptions],
+) -> tuple[Params, GradNormState, GradNormInfo, Any]: ...
 
 
 def gradnorm_grad(
@@ -22,15 +58,8 @@ def gradnorm_grad(
     where: Where = None,
     alpha: float | Tensor = 1.5,
     optimizer: optim.Optimizer | None = None,
-    mask: Any = None,
-    update: bool | Tensor = True,
-    micro_batches: int | None = None,
-    reduce: Reduce | None = None,
     has_aux: bool = False,
-    vectorize: bool = True,
-    chunk_size: int | None = None,
-    loss_scale: float | Tensor | None = None,
-    **hyper: Any,
+    **options: Unpack[GradNormStepOptions],
 ) -> Any:
     r"""What a training step needs, from one pass: the gradient of :math:`\sum_i w_i L_i`, and the new weights.
 
@@ -38,17 +67,12 @@ def gradnorm_grad(
 
     Args:
         state: from `init_state`.
-        params, loss_fn, batch, where, has_aux, vectorize, chunk_size, loss_scale: as in `measure`. With a `loss_scale`
-            the gradients come back multiplied by it, and a step in which any of them is not finite changes nothing.
-        alpha, optimizer, mask, update: as in `balance`; so are the remaining keywords, `norm_ratios`, `log_space`,
-            `floor`, `burn_in`, `initial_decay`. `update=False` costs what a plain step costs.
-        micro_batches: cut every tensor of the batch along its first axis into that many parts, measure one at a
-            time, and balance once: exact if the losses are means over examples and no layer looks across them (batch
-            norm). Parts may differ by one example; if the tensors are of several lengths (a PINN's points), the number
-            must divide them all. Other leaves and 0-d tensors go into every part. aux is then a list, one per part.
-        reduce: stats -> stats, applied once before balancing: `gn.all_reduce` for data parallelism, and
-            `partial(gn.all_reduce, group=group)` for a process group. Every rank weighs as much as it has examples,
-            the tensors of its batch being of one length; otherwise all weigh the same. `mask` is that of the whole.
+        params, loss_fn, batch, has_aux: as in `Balancer.grad`.
+        where: W, as in `measure`.
+        alpha: restoring force α >= 0; 0 aims at equal norms.
+        optimizer: of the task weights; default: Adam at 0.025.
+        **options: `mask`, `update`, `micro_batches`, `reduce`, `vectorize`, `chunk_size`, `loss_scale`, as in
+            `Balancer.grad`; `norm_ratios`, `log_space`, `floor`, `burn_in`, `initial_decay`, `every`, as in `gradnorm`.
 
     Returns:
         (grads, state, info): gradients in the structure of params, the new GradNormState, and GradNormInfo.
@@ -67,12 +91,38 @@ def gradnorm_grad(
         >>> bool(state.weights[0] > state.weights[1])  # tasks in the order of gn.task_names: fit, size
         True
     """
-    bound = gradnorm(alpha=alpha, where=where, optimizer=optimizer, **hyper)
-    return bound.grad(
-        state, params, loss_fn, batch,
-        mask=mask, update=update, micro_batches=micro_batches, reduce=reduce,
-        has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size, loss_scale=loss_scale,
-    )  # fmt: skip
+    bound, of_step = _bound(where, alpha, optimizer, options)
+    return bound.grad(state, params, loss_fn, batch, has_aux=cast(Literal[True], has_aux), **of_step)
+
+
+@overload
+def gradnorm_update(
+    state: GradNormState,
+    params: Params,
+    loss_fn: LossFn,
+    batch: Any,
+    *,
+    where: Where = None,
+    alpha: float | Tensor = 1.5,
+    optimizer: optim.Optimizer | None = None,
+    has_aux: Literal[False] = False,
+    **options: Unpack[GradNormStepOptions],
+) -> GradNormState: ...
+
+
+@overload
+def gradnorm_update(
+    state: GradNormState,
+    params: Params,
+    loss_fn: LossFn,
+    batch: Any,
+    *,
+    where: Where = None,
+    alpha: float | Tensor = 1.5,
+    optimizer: optim.Optimizer | None = None,
+    has_aux: Literal[True],
+    **options: Unpack[GradNormStepOptions],
+) -> tuple[GradNormState, Any]: ...
 
 
 def gradnorm_update(
@@ -84,15 +134,8 @@ def gradnorm_update(
     where: Where = None,
     alpha: float | Tensor = 1.5,
     optimizer: optim.Optimizer | None = None,
-    mask: Any = None,
-    update: bool | Tensor = True,
-    micro_batches: int | None = None,
-    reduce: Reduce | None = None,
     has_aux: bool = False,
-    vectorize: bool = True,
-    chunk_size: int | None = None,
-    loss_scale: float | Tensor | None = None,
-    **hyper: Any,
+    **options: Unpack[GradNormStepOptions],
 ) -> Any:
     r"""The new weight state alone, for those who take the gradient of :math:`\sum_i w_i L_i` themselves.
 
@@ -112,9 +155,14 @@ def gradnorm_update(
         >>> gn.gradnorm_update(state, torch.ones(3), loss_fn, None).weights
         tensor([1.0250, 0.9750])
     """
-    bound = gradnorm(alpha=alpha, where=where, optimizer=optimizer, **hyper)
-    return bound.update(
-        state, params, loss_fn, batch,
-        mask=mask, update=update, micro_batches=micro_batches, reduce=reduce,
-        has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size, loss_scale=loss_scale,
-    )  # fmt: skip
+    bound, of_step = _bound(where, alpha, optimizer, options)
+    return bound.update(state, params, loss_fn, batch, has_aux=cast(Literal[True], has_aux), **of_step)
+
+
+def _bound(
+    where: Where, alpha: float | Tensor, optimizer: optim.Optimizer | None, options: Mapping[str, Any]
+) -> tuple[Balancer[GradNormState, GradNormInfo], PassOptions]:
+    """The balancer, and the options of its step."""
+    hyper = cast(GradNormOptions, {k: v for k, v in options.items() if k in GradNormOptions.__annotations__})
+    of_step = cast(PassOptions, {k: v for k, v in options.items() if k not in hyper})
+    return gradnorm(where=where, alpha=alpha, optimizer=optimizer, **hyper), of_step

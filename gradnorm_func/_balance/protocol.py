@@ -1,230 +1,297 @@
-"""measure → reduce → balance, composed once for all balancers."""
+"""Balancer: measure → reduce → balance, composed once for all methods."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from gradnorm_func._core.loss import LossFn, task_vector, wrong_count
-from gradnorm_func._core.tree import Where, flatten, inside_transform, tree_map
-from gradnorm_func._measure.measure import measure
-from gradnorm_func._measure.plan import Weights
+from gradnorm_func._balance.guard import I, S
+from gradnorm_func._balance.seen import mask_vector
+from gradnorm_func._core import tree
+from gradnorm_func._core.loss import LossFn
+from gradnorm_func._core.numerics import choose
+from gradnorm_func._core.tree import Params
 from gradnorm_func._reduce.micro import as_params, split
-from gradnorm_func._reduce.stats import TaskStats, merge
+from gradnorm_func._reduce.stats import Stats, merge
 
-# from the stats of a batch to those of the batches of all ranks: `all_reduce`, or any other
-Reduce: TypeAlias = Callable[[TaskStats], TaskStats]
+# From the stats of a batch to those of the batches of all ranks: `all_reduce`, or any other.
+Reduce = Callable[[Any], Any]
 
 
-class Balancer(NamedTuple):
+class PassOptions(TypedDict, total=False):
+    """What `grad` and `update` of every balancer take."""
+
+    mask: Any
+    update: bool | Tensor
+    micro_batches: int | None
+    reduce: Reduce | None
+    vectorize: bool
+    chunk_size: int | None
+    loss_scale: float | Tensor | None
+
+
+class Job(NamedTuple):
+    """One call of `grad` or `update`."""
+
+    params: Any
+    loss_fn: LossFn
+    batch: Any
+    mask: Tensor | None  # (T,) bool
+    update: bool | Tensor
+    micro_batches: int | None
+    reduce: Reduce | None
+    options: dict[str, Any]  # of a pass: has_aux, vectorize, chunk_size, loss_scale
+
+
+class Pass(NamedTuple):
+    """What a pass over a batch, or a part of it, has given."""
+
+    stats: Any
+    aux: Any
+    decision: Any = ()  # (state, info), where the method's rule was asked within the pass
+
+
+# What a pass is for: stats alone; the gradient too, with factors that are known; with factors that the method is to
+# find within the pass; or, once they were found in a first round over the parts, the gradient alone.
+Goal: TypeAlias = Literal["stats", "gradient", "decide", "second"]
+
+
+class Passes(Protocol[S, I]):
+    """How a method goes over a batch. Factors are what the trunk's gradient is made with: weights, or more."""
+
+    def known(self, state: S, job: Job) -> Any:
+        """The factors that are known before the pass; None if only this step's stats give them."""
+
+    def measure(self, state: S, job: Job, batch: Any, goal: Goal, factors: Any, examples: float | None) -> Pass:
+        """One pass; `examples` is the share of this part, None if it is the whole and nothing will be merged."""
+
+    def decide(self, state: S, stats: Any, job: Job) -> tuple[Any, Any]:
+        """The factors that the stats of the whole give, and the decision, if one was made for them."""
+
+    def balance(self, state: S, stats: Any, mask: Any, update: bool | Tensor) -> tuple[S, I]:
+        """The next state, from the stats of the whole."""
+
+
+class Balancer(Generic[S, I]):
     """A balancing method with its hyperparameters bound: four pure functions."""
 
-    init: Callable[..., Any]  # init(num_tasks, ...) -> state
-    # `...` are micro_batches, reduce, has_aux, vectorize and chunk_size, as in `gradnorm_grad`.
-    update: Callable[..., Any]  # update(state, params, loss_fn, batch, *, mask, update, ...) -> state
-    grad: Callable[..., Any]  # grad(state, params, loss_fn, batch, *, mask, update, ...) -> (grads, state, info)
-    balance: Callable[..., Any]  # balance(state, stats, *, mask, update) -> (state, info)
+    def __init__(self, init: Callable[..., S], passes: Passes[S, I], every: int = 1) -> None:
+        self._init, self._passes = init, passes
+        self.every = every  # the weights move in every k-th step; what is compiled is told by `update=`
 
+    def init(self, num_tasks: int, **start: Any) -> S:
+        """The state before the first step.
 
-def balancer(
-    init: Callable[..., Any],
-    balance: Callable[..., Any],
-    *,
-    where: Where = None,
-    norms: bool = True,
-    same_step: bool = False,
-) -> Balancer:
-    r"""A balancing method from its two pure functions; everything else is the same for all of them.
+        Args:
+            num_tasks: T, at least 2.
+            **start: what the method's own page says; for all of them `weights`, T positive numbers in task order or a
+                pytree like the losses, `dtype` (at least float32 is wise) and `device`.
 
-    Args:
-        init: `init(num_tasks, *, dtype=None, device=None) -> state`, a NamedTuple of tensors with a field `weights`,
-            (T,).
-        balance: `balance(state, stats, *, mask=None, update=True) -> (state, info)`; `info` is a NamedTuple of
-            tensors with a field `weights`. See `mask_vector` for what `mask` may be.
-        where: W, as in `measure`.
-        norms: False if the method looks at losses only: then a step costs what a plain one does.
-        same_step: True if this step's gradient is to use the weights that this step's stats give, not those from
-            before it. With `micro_batches` or `reduce` that takes two passes: norms first, then the gradient.
+        Returns:
+            The method's state, a NamedTuple of tensors.
+        """
+        return self._init(num_tasks, **start)
 
-    Returns:
-        Balancer(init, update, grad, balance).
+    def balance(self, state: S, stats: Any, *, mask: Any = None, update: bool | Tensor = True) -> tuple[S, I]:
+        """The next state, from stats that were measured elsewhere: the last of measure → reduce → balance.
 
-    Example:
-        >>> import torch, gradnorm_func as gn
-        >>> from typing import NamedTuple
-        >>> class State(NamedTuple):
-        ...     weights: torch.Tensor  # (T,)
-        >>> class Info(NamedTuple):
-        ...     losses: torch.Tensor  # (T,)
-        ...     weights: torch.Tensor  # (T,)
-        >>> def inverse_norm(mix=0.1):  # weights that make all gradient norms equal, with a moving average
-        ...     def init(num_tasks, *, dtype=None, device=None):
-        ...         return State(torch.ones(num_tasks, dtype=dtype, device=device))
-        ...     def balance(state, stats, *, mask=None, update=True):
-        ...         inverse = 1 / stats.grad_norms
-        ...         goal = inverse * len(inverse) / inverse.sum()
-        ...         new = State(state.weights + mix * (goal - state.weights))
-        ...         return (new if update else state), Info(stats.losses, state.weights)
-        ...     return gn.balancer(init, balance)
-        >>> mine = inverse_norm()
-        >>> loss_fn = lambda w, batch: {"a": w.square().sum(), "b": 3 * w.sum()}
-        >>> grads, state, info = mine.grad(mine.init(2), torch.tensor([1.5, 2.0]), loss_fn, None)
-        >>> grads
-        tensor([6., 7.])
-    """
+        Args:
+            state: from `init`, or from the step before.
+            stats: from `measure`, `merge`, `all_reduce`, `measure_losses`, or made by hand.
+            mask: the tasks present in this batch, (T,) bool or a pytree like the losses. Absent tasks keep their part
+                of the state. A tensor that is False everywhere leaves the state as it was.
+            update: False, or a 0-d bool tensor that is False, freezes the state.
+
+        Returns:
+            (state, info). If a loss, a norm or a new weight of a present task is not finite, the state is the old one,
+            all of it, and `info.finite` is False.
+        """
+        return self._passes.balance(state, stats, mask, update)
+
+    @overload
+    def grad(
+        self,
+        state: S,
+        params: Params,
+        loss_fn: LossFn,
+        batch: Any,
+        *,
+        has_aux: Literal[False] = False,
+        **options: Unpack[PassOptions],
+    ) -> tuple[Params, S, I]: ...
+
+    @overload
+    def grad(
+        self,
+        state: S,
+        params: Params,
+        loss_fn: LossFn,
+        batch: Any,
+        *,
+        has_aux: Literal[True],
+        **options: Unpack[PassOptions],
+    ) -> tuple[Params, S, I, Any]: ...
 
     def grad(
-        state: Any, params: Any, loss_fn: LossFn, batch: Any, *, mask: Any = None, update: bool | Tensor = True,
-        micro_batches: int | None = None, reduce: Reduce | None = None, has_aux: bool = False,
-        loss_scale: float | Tensor | None = None, **keywords: Any,
-    ) -> Any:  # fmt: skip
-        _check_order(state)
-        present = mask_vector(mask, state.weights)
-        wanted = norms and update is not False
+        self,
+        state: S,
+        params: Any,
+        loss_fn: LossFn,
+        batch: Any,
+        *,
+        has_aux: bool = False,
+        **options: Unpack[PassOptions],
+    ) -> Any:
+        """What a training step needs, from one pass: the gradients of all parameters, and the next state.
 
-        def effective(weights: Tensor) -> Tensor:
-            return weights if present is None else weights * present
+        Args:
+            state: from `init`, or from the step before.
+            params: pytree of floating-point tensors. Nothing is written to it, and no graph is left on it.
+            loss_fn: `loss_fn(params, batch) -> losses`, a (T,) tensor or a pytree of T scalars; a `multi_task_loss` is
+                measured through its seam.
+            batch: anything that `loss_fn` takes.
+            has_aux: then `loss_fn` returns (losses, aux), and aux comes last in what this function returns.
+            mask, update: as in `balance`. `update=False` costs what a plain step costs.
+            micro_batches: cut every tensor of the batch along its first axis into that many parts, measure one at a
+                time, and balance once: exact if the losses are means over examples and no layer looks across them
+                (batch norm). Parts may differ by one example; if the tensors are of several lengths (a PINN's points),
+                the number must divide them all. Other leaves and 0-d tensors go into every part. aux is then a list,
+                one entry for each part.
+            reduce: stats -> stats, applied once before balancing: `gn.all_reduce` for data parallelism, and
+                `partial(gn.all_reduce, group=group)` for a process group. Every rank weighs as much as it has examples,
+                the tensors of its batch being of one length; otherwise all weigh the same. `mask` is that of the whole.
+            vectorize, chunk_size, loss_scale: as in `measure`. With a `loss_scale` the gradients come back multiplied
+                by it, and a step in which any of them is not finite changes nothing.
 
-        def weights_now(losses: Tensor, grad_norms: Any, example_norms: Any) -> Tensor:
-            seen = TaskStats(losses, grad_norms, example_norms)
-            return effective(balance(state, seen, mask=mask, update=update)[1].weights)
+        Returns:
+            (grads, state, info): gradients in the structure of params, the next state, and what one would log. With
+            `has_aux`, (grads, state, info, aux).
 
-        def over_batch(weights: Weights, norms: bool) -> tuple[TaskStats, Any]:
-            return _measured(
-                params, loss_fn, batch, micro_batches, reduce, weights=weights, where=where, norms=norms,
-                has_aux=has_aux, loss_scale=loss_scale, **keywords,
-            )  # fmt: skip
-
-        if not (same_step and wanted):
-            stats, aux = over_batch(effective(state.weights), wanted)
-        elif micro_batches is None and reduce is None:
-            stats, aux = over_batch(weights_now, True)
-        else:  # the weights are known only once all parts have been seen
-            stats, _ = over_batch(None, True)
-            second, aux = over_batch(weights_now(stats.losses, stats.grad_norms, stats.example_norms), False)
-            stats = stats._replace(grads=second.grads)
-        new, info = balance(state, stats._replace(grads=()), mask=mask, update=update)
-        if present is not None or loss_scale is not None:
+        Raises:
+            ValueError: as `measure` and `balance` do.
+        """
+        job = _job(state, params, loss_fn, batch, has_aux, options)
+        factors = self._passes.known(state, job)
+        outcome = _over_batch(self._passes, state, job, "decide" if factors is None else "gradient", factors)
+        stats = outcome.stats
+        new, info = outcome.decision or self.balance(state, stats._replace(grads=()), mask=job.mask, update=job.update)
+        if job.mask is not None or job.options.get("loss_scale") is not None:
             # An absent loss may be NaN, but then 0 * NaN may have got into the gradients; and float16 may overflow in
             # the backbone alone, where no norm shows it.
-            sound = torch.stack([leaf.isfinite().all() for leaf in flatten(stats.grads)[0]]).all()
-            new = choose(sound, new, state)
-            info = info._replace(finite=info.finite & sound) if hasattr(info, "finite") else info
-        return (stats.grads, new, info, aux) if has_aux else (stats.grads, new, info)
+            sound = torch.stack([leaf.isfinite().all() for leaf in tree.flatten(stats.grads)[0]]).all()
+            new, info = choose(sound, new, state), info._replace(finite=info.finite & sound)
+        return (stats.grads, new, info, outcome.aux) if has_aux else (stats.grads, new, info)
+
+    @overload
+    def update(
+        self,
+        state: S,
+        params: Params,
+        loss_fn: LossFn,
+        batch: Any,
+        *,
+        has_aux: Literal[False] = False,
+        **options: Unpack[PassOptions],
+    ) -> S: ...
+
+    @overload
+    def update(
+        self,
+        state: S,
+        params: Params,
+        loss_fn: LossFn,
+        batch: Any,
+        *,
+        has_aux: Literal[True],
+        **options: Unpack[PassOptions],
+    ) -> tuple[S, Any]: ...
 
     def update(
-        state: Any, params: Any, loss_fn: LossFn, batch: Any, *, mask: Any = None, update: bool | Tensor = True,
-        micro_batches: int | None = None, reduce: Reduce | None = None, has_aux: bool = False,
-        loss_scale: float | Tensor | None = None, **keywords: Any,
-    ) -> Any:  # fmt: skip
-        _check_order(state)
-        if update is False and not has_aux:
+        self,
+        state: S,
+        params: Any,
+        loss_fn: LossFn,
+        batch: Any,
+        *,
+        has_aux: bool = False,
+        **options: Unpack[PassOptions],
+    ) -> Any:
+        """The next state alone, for those who take the gradient of Σ w_i L_i themselves.
+
+        Args:
+            state, params, loss_fn, batch, has_aux: as in `grad`.
+            **options: those of `grad`.
+
+        Returns:
+            The next state; with `has_aux`, (state, aux).
+
+        Raises:
+            ValueError: as `measure` and `balance` do.
+        """
+        job = _job(state, params, loss_fn, batch, has_aux, options)
+        if job.update is False and not has_aux:
             return state
-        stats, aux = _measured(
-            params, loss_fn, batch, micro_batches, reduce, where=where, norms=norms and update is not False,
-            has_aux=has_aux, loss_scale=loss_scale, **keywords,
-        )  # fmt: skip
-        state, _ = balance(state, stats, mask=mask, update=update)
-        return (state, aux) if has_aux else state
-
-    return Balancer(init, update, grad, balance)
+        outcome = _over_batch(self._passes, state, job, "stats", None)
+        new, _ = self.balance(state, outcome.stats, mask=job.mask, update=job.update)
+        return (new, outcome.aux) if has_aux else new
 
 
-def _measured(
-    params: Any,
-    loss_fn: LossFn,
-    batch: Any,
-    micro_batches: int | None,
-    reduce: Reduce | None,
-    *,
-    has_aux: bool,
-    **plan: Any,
-) -> tuple[TaskStats, Any]:
-    """The stats of the whole batch and its aux: in one pass, or of the parts here and on all ranks."""
-
-    def one(part: Any, **keywords: Any) -> tuple[TaskStats, Any]:
-        out = measure(params, loss_fn, part, has_aux=has_aux, **plan, **keywords)
-        return out if has_aux else (out, ())
-
-    if micro_batches is None and reduce is None:
-        return one(batch, norms_only=True)
-    stats, auxes = None, []
-    for part, examples in split(batch, micro_batches):
-        found, aux = one(part, num_examples=examples)
-        stats = found if stats is None else merge(stats, found)
-        auxes.append(aux)
-    assert stats is not None
-    if reduce is not None:
-        stats = reduce(stats)
-        if not isinstance(stats, TaskStats):
-            raise ValueError(f"reduce returned {type(stats).__name__}; it must be a function TaskStats -> TaskStats")
-    stats = stats._replace(grads=as_params(stats.grads, params))
-    return stats, auxes[0] if micro_batches is None else auxes
-
-
-def mask_vector(mask: Any, weights: Tensor) -> Tensor | None:
-    """The tasks present in a batch as a (T,) bool tensor: from one, a sequence, or a pytree like the losses."""
-    if mask is None:
-        return None
-    vector: Tensor = mask
-    if not isinstance(mask, Tensor):
-        # An entry that is a tensor is not looked at, for that would wait for the device.
-        if not any(isinstance(entry, Tensor) or bool(entry) for entry in flatten(mask)[0]):
-            raise ValueError(f"mask={mask!r} leaves no task: skip this batch, or pass update=False")
-        vector = task_vector(mask, "mask")
-    if vector.shape != weights.shape:
-        raise ValueError(f"mask has shape {tuple(vector.shape)}, but there are {weights.shape[0]} tasks")
-    return vector.to(device=weights.device, dtype=torch.bool)
-
-
-def here_of(state: Any, mask: Any) -> Tensor:
-    """(T,) bool: the tasks present, all of them without a mask."""
-    present = mask_vector(mask, state.weights)
-    return torch.ones_like(state.weights, dtype=torch.bool) if present is None else present
-
-
-def weighted_total(weights: Tensor, losses: Tensor, here: Tensor) -> Tensor:
-    """Σ w_i L_i over the tasks that are here; an absent loss may be NaN."""
-    return torch.where(here, weights * losses, 0.0).sum()
-
-
-def vectors(state: Any, stats: TaskStats, *, needed: bool) -> tuple[Tensor, Tensor]:
-    """Losses and gradient norms of stats as (T,), as the weights are; NaN for norms not measured, if not needed."""
-    weights: Tensor = state.weights
-    losses = constant(task_vector(stats.losses, dtype=weights.dtype).to(weights))
-    if losses.shape != weights.shape:
-        raise ValueError(wrong_count(losses.shape[0], weights.shape[0]))
-    if isinstance(stats.grad_norms, tuple) and stats.grad_norms == ():
-        if needed:
-            raise ValueError("stats has no grad_norms: measure(..., norms=True) takes them, update=False needs none")
-        return losses, torch.full_like(losses, torch.nan)
-    norms = constant(task_vector(stats.grad_norms, "grad_norms", weights.dtype).to(weights))
-    if norms.shape != weights.shape:
-        raise ValueError(f"grad_norms has {norms.shape[0]} entries, but there are {weights.shape[0]} tasks")
-    return losses, norms
-
-
-def constant(x: Tensor) -> Tensor:
-    """Without the graph that a caller's own losses may hang on, which L(0) would keep alive for ever."""
-    return x if inside_transform() else x.detach()
-
-
-def check_state(state: Any, kind: type, maker: str) -> None:
-    """A state of another balancer has other fields, or worse, the same with another meaning."""
-    if not isinstance(state, kind):
-        raise ValueError(f"state is a {type(state).__name__}, not a {kind.__name__}: make one with {maker}")
-
-
-def _check_order(state: Any) -> None:
+def _job(state: Any, params: Any, loss_fn: LossFn, batch: Any, has_aux: bool, options: Mapping[str, Any]) -> Job:
+    """The arguments of a step, sorted."""
     if not isinstance(getattr(state, "weights", None), Tensor):
         raise ValueError(
             f"state={type(state).__name__} has no weights: the order of arguments is (state, params, loss_fn, batch)"
         )
+    unknown = [name for name in options if name not in PassOptions.__annotations__]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], PassOptions.__annotations__, n=1) or sorted(
+            PassOptions.__annotations__
+        )
+        raise TypeError(f"{unknown[0]!r} is no option of a step; did you mean {' or '.join(map(repr, near))}?")
+    of_pass = {name: options[name] for name in ("vectorize", "chunk_size", "loss_scale") if name in options}
+    return Job(
+        params,
+        loss_fn,
+        batch,
+        mask_vector(options.get("mask"), state.weights),
+        options.get("update", True),
+        options.get("micro_batches"),
+        options.get("reduce"),
+        {"has_aux": has_aux, **of_pass},
+    )
 
 
-def choose(ok: Tensor, new: Any, old: Any) -> Any:
-    """`new` where ok, else `old`, leaf by leaf and without asking the device."""
-    return tree_map(lambda a, b: torch.where(ok, a, b), new, old)
+def _over_batch(passes: Passes[Any, Any], state: Any, job: Job, goal: Goal, factors: Any) -> Pass:
+    """The stats of the whole batch and its aux: in one pass, or of the parts here and on all ranks."""
+    if job.micro_batches is None and job.reduce is None:
+        return passes.measure(state, job, job.batch, goal, factors, None)
+    first = _over_parts(passes, state, job, "stats" if goal == "decide" else goal, factors)
+    if goal != "decide":
+        return first
+    # The factors are known only once all parts have been seen.
+    factors, decision = passes.decide(state, first.stats, job)
+    second = _over_parts(passes, state, job, "second", factors)
+    return Pass(first.stats._replace(grads=second.stats.grads), second.aux, decision)
+
+
+def _over_parts(passes: Passes[Any, Any], state: Any, job: Job, goal: Goal, factors: Any) -> Pass:
+    stats: Stats | None = None
+    auxes = []
+    for part, examples in split(job.batch, job.micro_batches):
+        one = passes.measure(state, job, part, goal, factors, examples)
+        stats = merge(stats, one.stats) if job.micro_batches is not None else one.stats
+        auxes.append(one.aux)
+    assert stats is not None
+    if job.reduce is not None:
+        kind = type(stats)
+        stats = job.reduce(stats)
+        if not isinstance(stats, kind):
+            raise ValueError(
+                f"reduce returned {type(stats).__name__}; it must be a function {kind.__name__} -> {kind.__name__}"
+            )
+    stats = stats._replace(grads=as_params(stats.grads, job.params))
+    return Pass(stats, auxes[0] if job.micro_batches is None else auxes)

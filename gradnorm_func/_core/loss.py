@@ -129,8 +129,6 @@ class MultiTaskLoss:
         self.functions: list[Callable[..., Any]] = []
         if not isinstance(heads, StackedHeads):
             self.functions = [heads[name] for name in self.names] if self.names else list(heads)
-        # Which leaves of params the two parts read, by structure of params: a memo of the eager seam engine.
-        self.ownership: dict[Any, tuple[list[int], list[int]]] = {}
 
     def structure(self, per_task: Sequence[Any]) -> Any:
         """What belongs to each task, in task order, in the structure of `heads`."""

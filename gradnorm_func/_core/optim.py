@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._core import tree
+from gradnorm_func._core.numerics import safe_sqrt
 
 Schedule: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -48,6 +49,16 @@ def as_optimizer(optimizer: Any) -> Optimizer:
             "it is the weights' own, not the one of the parameters"
         )
     return Optimizer(*optimizer)
+
+
+def check_moments(optimizer: Optimizer, weights: Tensor, moments: Any) -> None:
+    """Refuses a state that was made with another optimizer."""
+    expected = optimizer.init(weights)
+    if tree.flatten(expected)[1] != tree.flatten(moments)[1]:
+        raise ValueError(
+            f"the state holds {type(moments).__name__}, but this optimizer keeps {type(expected).__name__}: "
+            "give init_state and the updates the same optimizer= (None is Adam at 0.025 in both)"
+        )
 
 
 def sgd(learning_rate: float | Tensor | Schedule) -> Optimizer:
@@ -132,7 +143,7 @@ def adam(
         correct_mean, correct_square = (1 - torch.stack([b1**power, b2**power])).unbind()
         mean_hat = mean / correct_mean
         square_hat = square / correct_square
-        step = -_rate(learning_rate, state.step) * mean_hat / (tree.safe_sqrt(square_hat) + eps)
+        step = -_rate(learning_rate, state.step) * mean_hat / (safe_sqrt(square_hat) + eps)
         return step, AdamState(count, mean, square)
 
     return Optimizer(init, update)

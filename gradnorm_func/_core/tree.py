@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import optree
 import torch
 from torch import Tensor
 
 PyTree: TypeAlias = Any
+# What holds parameters: a tensor, or nested dicts, lists, tuples and NamedTuples of tensors; but no module.
+Params = TypeVar("Params", bound=Tensor | Mapping[Any, Any] | Sequence[Any])
 Where: TypeAlias = str | Sequence[str] | Callable[[str], bool] | None
 
 
@@ -121,27 +123,13 @@ def replace(leaves: list[Any], indices: Sequence[int], values: Sequence[Any]) ->
     return out
 
 
-def square_norms(leaves: Iterable[Tensor], batch_dims: int = 1) -> Tensor:
-    """Sum of squares over all axes after the first `batch_dims`, and over the leaves; at least float32."""
-    total: Tensor | None = None
-    for leaf in leaves:
-        wide = leaf.to(torch.promote_types(leaf.dtype, torch.float32))
-        square = wide.flatten(batch_dims).square().sum(-1) if wide.ndim > batch_dims else wide.square()
-        total = square if total is None else total + square
-    if total is None:
-        raise ValueError("a norm of no tensors")
-    return total
-
-
-def safe_sqrt(square: Tensor) -> Tensor:
-    """Square root whose derivative at 0 is 0, not NaN. What is NaN stays so."""
-    positive = ~(square <= 0)
-    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
-
-
 def check_params(params: PyTree) -> None:
     """Every leaf must be a floating-point tensor, for only those have gradients."""
-    leaves, _ = flatten(params)
+    check_leaves(flatten(params)[0], params)
+
+
+def check_leaves(leaves: list[Any], params: PyTree) -> None:
+    """`check_params` of params that have been flattened."""
     for index, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
@@ -151,13 +139,6 @@ def check_params(params: PyTree) -> None:
             )
     if not leaves:
         raise ValueError("params has no leaves: there is nothing to differentiate")
-
-
-def inside_transform() -> bool:
-    """Whether a torch.func transform surrounds this call, so that what we return must stay differentiable."""
-    # There is no public question for this. torch.compile traces this one, but wraps even a None that comes back, so
-    # that `is None` is always False to it; an attribute of a real interpreter tells the two apart.
-    return hasattr(torch._C._functorch.peek_interpreter_stack(), "key")
 
 
 def _below(name: str, prefix: str) -> bool:

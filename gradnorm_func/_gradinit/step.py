@@ -11,12 +11,30 @@ from torch import Tensor
 from torch.func import grad_and_value
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradnorm_func._balance.protocol import choose
 from gradnorm_func._core import optim, tree
 from gradnorm_func._core.loss import LossFn, task_vector
+from gradnorm_func._core.numerics import choose
 from gradnorm_func._core.tree import Where
 from gradnorm_func._gradinit.rescale_adam import ScaleOptimizer, rescale_adam
-from gradnorm_func._measure.plan import quiet, vjp_aux
+from gradnorm_func._measure.tape import full_precision, inside_transform
+
+
+def quiet():
+    from contextlib import nullcontext
+
+    return nullcontext if inside_transform() else torch.no_grad
+
+
+def vjp_aux(fn, *primals):
+    out, pull, aux = torch.func.vjp(fn, *primals, has_aux=True)
+    like = tree.flatten(out)[0][0]
+
+    def pulled(cotangents, **options):
+        with full_precision(like):
+            return pull(cotangents, **options)
+
+    return out, pulled, aux
+
 
 AnyOptimizer: TypeAlias = ScaleOptimizer | optim.Optimizer | None
 
@@ -227,7 +245,7 @@ def gradinit_step(
                 return torch.zeros_like(norm), torch.zeros_like(state.scales)
 
             # Compiled for a CPU, where asking costs nothing, the branch that is not taken is not run either.
-            if torch.compiler.is_compiling() and above.device.type == "cpu" and not tree.inside_transform():
+            if torch.compiler.is_compiling() and above.device.type == "cpu" and not inside_transform():
                 objective, objective_grads = torch.cond(above, nothing, below, tuple(moved))
             else:
                 objective, objective_grads = below(*moved)

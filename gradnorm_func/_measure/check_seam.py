@@ -9,8 +9,10 @@ from torch import Tensor
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import LossFn, MultiTaskLoss, task_names
+from gradnorm_func._core.numerics import row_norms
 from gradnorm_func._core.tree import Where
 from gradnorm_func._measure.measure import as_tree, run_engine
+from gradnorm_func._measure.plan import plan_of
 
 
 def check_seam(
@@ -49,24 +51,21 @@ def check_seam(
     """
     if not isinstance(loss_fn, MultiTaskLoss):
         raise ValueError("check_seam is for a multi_task_loss; any other loss_fn goes through the general engine")
-    exact = run_engine(
-        loss_fn, params, batch, where=where if where is not None else lambda path: True,
-        task_grads=True, has_aux=has_aux, force_general=True,
-    )  # fmt: skip
-    expected = as_tree(exact, params, where if where is not None else (lambda path: True))
+    everywhere = where if where is not None else lambda path: True
+    plan = plan_of(params, loss_fn, batch, everywhere, None, "norms", task_grads=True, has_aux=has_aux)
+    exact = run_engine(plan, force_general=True)
+    expected = as_tree(plan, exact)
     if where is None:
-        found = _through_the_step(loss_fn, params, batch, exact.vector, has_aux)
+        measured = _through_the_step(loss_fn, params, batch, exact.stats.losses, has_aux)
     else:
-        found = as_tree(
-            run_engine(loss_fn, params, batch, where=where, task_grads=True, has_aux=has_aux), params, where
-        )
+        measured = as_tree(plan, run_engine(plan))
     names = task_names(loss_fn.heads) if not isinstance(exact.losses, Tensor) else task_names(exact.losses)
     differing = []
-    whole = tree.square_norms(exact.task_grads).double().sqrt()
+    whole = row_norms(exact.stats.task_grads).double()
     for path, reference in expected.items():
         limit = (1e-8 if reference.dtype == torch.float64 else 1e-3) if rtol is None else rtol
         for task, name in enumerate(names):
-            gap = torch.linalg.vector_norm((found[path][task] - reference[task]).double())
+            gap = torch.linalg.vector_norm((measured[path][task] - reference[task]).double())
             size = torch.linalg.vector_norm(reference[task].double())
             if not bool(gap <= limit * (size + 0.01 * whole[task]) + torch.finfo(reference.dtype).tiny):
                 differing.append(f"task {name!r} at {path!r} (relative difference {float(gap / size):.2g})")
@@ -81,5 +80,6 @@ def _through_the_step(loss_fn: LossFn, params: Any, batch: Any, vector: Tensor, 
     """Every task's gradient as the training step would see it: the weighted sum with all weight on one task."""
     rows = []
     for one in torch.eye(vector.shape[0], dtype=vector.dtype, device=vector.device):
-        rows.append(run_engine(loss_fn, params, batch, where=None, weights=one, has_aux=has_aux).grads)
+        plan = plan_of(params, loss_fn, batch, None, one, "norms", has_aux=has_aux)
+        rows.append(run_engine(plan).stats.grads)
     return {path: torch.stack([row[i] for row in rows]) for i, path in enumerate(tree.paths(params))}

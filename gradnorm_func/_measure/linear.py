@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +12,38 @@ from torch.func import vmap
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import SharedLinear
-from gradnorm_func._measure.plan import PerTask, full_precision, vjp_aux, wide
+from gradnorm_func._core.numerics import accum_dtype, full_precision, safe_sqrt
+from gradnorm_func._measure.norms import PerTask
+from gradnorm_func._measure.plan import Plan
+from gradnorm_func._measure.tape import tape
+
+
+class Leaves(NamedTuple):
+    """What of the layer is in W."""
+
+    weight: bool
+    bias: bool
+    order: list[int]  # the indices of these leaves in params, the weight first
+
+
+def leaves_of(layer: SharedLinear, plan: Plan) -> Leaves | None:
+    """W as leaves of the layer; None if there is anything else in it. Names are looked up once for one structure."""
+    assert plan.where is not None
+    if torch.compiler.is_compiling():
+        names = tuple(tree.paths(plan.params(plan.leaves)))
+    else:
+        names = _names(plan.treedef)
+    of_layer = [names.index(path) for path in (layer.weight, layer.bias) if path in names]
+    if not set(plan.where) <= set(of_layer):
+        return None
+    in_w = [i for i in of_layer if i in plan.where]
+    chosen = [names[i] for i in in_w]
+    return Leaves(layer.weight in chosen, layer.bias in chosen, in_w)
+
+
+@lru_cache(maxsize=64)
+def _names(treedef: Any) -> tuple[str, ...]:
+    return tuple(tree.paths(tree.unflatten(treedef, range(treedef.num_leaves))))
 
 
 def before_activation(layer: SharedLinear, y: Tensor, z_grads: PerTask) -> PerTask:
@@ -18,8 +51,12 @@ def before_activation(layer: SharedLinear, y: Tensor, z_grads: PerTask) -> PerTa
     activation = layer.activation
     if activation is None:
         return z_grads
-    pull = vjp_aux(lambda y: (activation(y), ()), y)[1]
-    return each(lambda z_grad: pull(z_grad)[0], z_grads)
+    run = tape(lambda leaves: ([activation(leaves[0])], ()), [y])
+    if isinstance(z_grads, Tensor):
+        pulled = run.pull_rows([z_grads], None, vectorize=True, chunk_size=None)[0]
+        return torch.zeros_like(z_grads) if pulled is None else pulled
+    grads = [run.pull([grad])[0] for grad in z_grads]
+    return [torch.zeros_like(y) if grad is None else grad for grad in grads]
 
 
 def each(fn: Callable[[Tensor], Tensor], per_task: PerTask) -> PerTask:
@@ -30,18 +67,18 @@ def each(fn: Callable[[Tensor], Tensor], per_task: PerTask) -> PerTask:
     return [fn(entry) for entry in per_task]
 
 
-def gradients(h: Tensor, y_grads: Tensor, wanted: tuple[bool, bool]) -> list[Tensor]:
-    """The gradients themselves, (T, out, in) of the weight and (T, out) of the bias, those of the two wanted."""
+def gradients(h: Tensor, y_grads: Tensor, leaves: Leaves) -> list[Tensor]:
+    """The gradients themselves, (T, out, in) of the weight and (T, out) of the bias, those of the two that are in W."""
     rows = h.reshape(-1, h.shape[-1]).to(y_grads.dtype)  # in what the layer was computed in
     cotangents = y_grads.reshape(y_grads.shape[0], -1, y_grads.shape[-1])
     with full_precision(h):
         # The transposed product with the view turned back: bmm is a fifth faster that way round.
-        weight = torch.bmm(rows.mT.expand(cotangents.shape[0], -1, -1), cotangents).mT if wanted[0] else None
-    bias = cotangents.sum(1) if wanted[1] else None
+        weight = torch.bmm(rows.mT.expand(cotangents.shape[0], -1, -1), cotangents).mT if leaves.weight else None
+    bias = cotangents.sum(1) if leaves.bias else None
     return [grad for grad in (weight, bias) if grad is not None]
 
 
-def norms(h: Tensor, y_grads: PerTask, wanted: tuple[bool, bool]) -> Tensor:
+def norms(h: Tensor, y_grads: PerTask, leaves: Leaves) -> Tensor:
     r"""(T,) norms over weight and bias together, by whichever way takes fewer multiplications.
 
     The gradient at the weight is :math:`B_i^\top H` (B_i of shape (N, out), H of shape (N, in)); by the Gram
@@ -50,25 +87,25 @@ def norms(h: Tensor, y_grads: PerTask, wanted: tuple[bool, bool]) -> Tensor:
     """
     rows = h.reshape(-1, h.shape[-1]).to(y_grads[0].dtype)
     (n, d_in), d_out, num_tasks = rows.shape, y_grads[0].shape[-1], len(y_grads)
-    by_gram = wanted[0] and num_tasks * n * d_out * d_in > num_tasks * n * n * d_out + n * n * d_in
+    by_gram = leaves.weight and num_tasks * n * d_out * d_in > num_tasks * n * n * d_out + n * n * d_in
     with full_precision(h):
-        inputs = _products(rows) + float(wanted[1]) if by_gram else None
-        squares = each(lambda y_grad: _square(rows, y_grad.reshape(n, d_out), inputs, wanted), y_grads)
-    return tree.safe_sqrt(squares if isinstance(squares, Tensor) else torch.stack(squares))
+        inputs = _products(rows) + float(leaves.bias) if by_gram else None
+        squares = each(lambda y_grad: _square(rows, y_grad.reshape(n, d_out), inputs, leaves), y_grads)
+    return safe_sqrt(squares if isinstance(squares, Tensor) else torch.stack(squares))
 
 
 def _products(x: Tensor) -> Tensor:
     """X Xᵀ, in float32 at least: squares leave the range of float16, and in their sum much may cancel."""
-    x = x.to(wide(x))
+    x = x.to(accum_dtype(x))
     return x @ x.mT
 
 
-def _square(rows: Tensor, cotangent: Tensor, inputs: Tensor | None, wanted: tuple[bool, bool]) -> Tensor:
+def _square(rows: Tensor, cotangent: Tensor, inputs: Tensor | None, leaves: Leaves) -> Tensor:
     """The square norm of one task; `inputs` is H Hᵀ where the Gram identity is the cheaper way."""
     if inputs is not None:
         # Rounding can take the square of a vanishing norm below zero.
         return (_products(cotangent) * inputs).sum().clamp(min=0)
-    parts = [rows.mT @ cotangent] if wanted[0] else []
-    parts += [cotangent.sum(0, dtype=wide(cotangent))] if wanted[1] else []
-    squares = [part.to(wide(part)).square().sum() for part in parts]
+    parts = [rows.mT @ cotangent] if leaves.weight else []
+    parts += [cotangent.sum(0, dtype=accum_dtype(cotangent))] if leaves.bias else []
+    squares = [part.to(accum_dtype(part)).square().sum() for part in parts]
     return squares[0] if len(squares) == 1 else squares[0] + squares[1]

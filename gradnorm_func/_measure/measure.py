@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,14 +13,12 @@ from gradnorm_func._core import tree
 from gradnorm_func._core.loss import LossFn, MultiTaskLoss, StackedHeads
 from gradnorm_func._core.tree import Where
 from gradnorm_func._measure.general import general
-from gradnorm_func._measure.plan import Measured, Plan, Weights, wide
+from gradnorm_func._measure.plan import Heads, Measured, Plan, plan_of
 from gradnorm_func._measure.seam import seam
 from gradnorm_func._measure.separable import separable
-from gradnorm_func._measure.sharded import run_sharded, sharded
+from gradnorm_func._measure.sharded import explain_sharded, sharded, whole_stats
+from gradnorm_func._measure.tape import fresh_casts, no_graph
 from gradnorm_func._reduce.stats import TaskStats
-
-# What torch says of torch.autograd inside torch.func: of a leaf made in the loss, and of one that came with the batch.
-AUTOGRAD_INSIDE = ("call Tensor.requires_grad_()", "to not have been used in the graph")
 
 
 def measure(
@@ -27,9 +26,10 @@ def measure(
     loss_fn: LossFn,
     batch: Any,
     *,
-    weights: Weights = None,
+    weights: Tensor | Callable[[TaskStats], Tensor] | None = None,
     where: Where = None,
-    norms: bool = True,
+    needs: Literal["losses", "norms", "gramian"] = "norms",
+    heads: Heads = "weighted",
     norms_only: bool = False,
     num_examples: float | Tensor = 1.0,
     has_aux: bool = False,
@@ -44,12 +44,15 @@ def measure(
         loss_fn: `loss_fn(params, batch) -> losses`, a (T,) tensor or a pytree of T scalars; a `multi_task_loss`
             is measured through its seam.
         batch: anything that `loss_fn` takes.
-        weights: (T,) task weights w of the sum to differentiate; None leaves the sum's gradient out.
-            A function (losses, grad_norms, example_norms) -> w chooses them in the same pass, at the price of a
-            second backward pass through heads that own parameters.
+        weights: (T,) task weights w of the sum to differentiate; None leaves the sum's gradient out. A function
+            stats -> w chooses them in the same pass, at the price of a second backward pass through heads that own
+            parameters.
         where: W, by dotted path prefix, a list of them, or a predicate on the path. None is z, the representation,
             for a `multi_task_loss` with a backbone, and every parameter otherwise.
-        norms: False leaves the per-task gradients out: the cost is a plain training step's.
+        needs: what to measure of each task's gradient: "norms", "gramian", which has the norms on its diagonal, or
+            "losses", which is nothing of it: the cost is a plain training step's.
+        heads: what the heads of a `multi_task_loss` learn from: "weighted", the sum Σ w_i L_i, or "own", each its own
+            loss at weight 1, so that only what is shared gets the weighted sum.
         norms_only: at parameters, keep the norms and not the gradients. Cheaper, but such stats cannot be merged.
         num_examples: the share of this batch when stats are merged: its number of examples, or the default 1 for
             micro-batches of one size.
@@ -77,117 +80,74 @@ def measure(
         >>> stats.grad_norms, stats.grads
         (tensor([ 1., 10.]), {'w': tensor([4., 4.])})
     """
-    at_z = where is None and isinstance(loss_fn, MultiTaskLoss) and loss_fn.backbone is not None
-    measured = run_engine(
-        loss_fn,
+    rule = (lambda stats: (weights(stats), ())) if callable(weights) else weights
+    plan = plan_of(
         params,
+        loss_fn,
         batch,
-        weights=weights,
-        where=where,
-        norms=norms,
-        task_grads=not (norms_only or at_z),
+        where,
+        rule,
+        "example_norms" if needs == "norms" else needs,
+        heads=heads,
+        task_grads=not norms_only,
         has_aux=has_aux,
         vectorize=vectorize,
         chunk_size=chunk_size,
         loss_scale=loss_scale,
     )
-    stats = TaskStats(
-        losses=measured.vector,
-        grad_norms=measured.grad_norms,
-        example_norms=measured.example_norms,
-        task_grads=() if at_z or norms_only or not norms else as_tree(measured, params, where),
-        grads=() if weights is None else tree.unflatten(tree.flatten(params)[1], measured.grads),
-        num_examples=torch.as_tensor(num_examples),  # vmap returns tensors only
-    )
+    stats, measured = stats_of(plan, num_examples)
     return (stats, measured.aux) if has_aux else stats
 
 
-def run_engine(
-    loss_fn: LossFn,
-    params: Any,
-    batch: Any,
-    *,
-    where: Where,
-    weights: Weights = None,
-    norms: bool = True,
-    task_grads: bool = False,
-    has_aux: bool = False,
-    vectorize: bool = True,
-    chunk_size: int | None = None,
-    loss_scale: float | Tensor | None = None,
-    force_general: bool = False,
-) -> Measured:
-    """The engine that fits `loss_fn`, run once. Only `grads` still carry the loss scale."""
-    if not callable(loss_fn):
-        raise ValueError(
-            f"loss_fn={type(loss_fn).__name__} must be a function (params, batch) -> losses; "
-            "the order of arguments is (state, params, loss_fn, batch)"
-        )
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size} must be at least 1, or None for all tasks at once")
-    if loss_scale is not None and (
-        loss_scale.ndim != 0 if isinstance(loss_scale, Tensor) else not 0 < loss_scale < float("inf")
-    ):
-        raise ValueError(f"loss_scale={loss_scale} must be a positive number or a 0-d tensor; 2.0**16 is a usual start")
-    tree.check_params(params)
-    at = None if where is None else tree.select(params, where)
-    plan = Plan(weights, at, norms, task_grads, has_aux, vectorize, chunk_size, loss_scale=loss_scale)
-    if callable(weights):
-        choose = weights
-
-        def choose_unscaled(losses: Tensor, *norms: Any) -> Tensor:
-            return choose(losses.to(wide(losses)), *tree.tree_map(plan.unscaled, norms))
-
-        plan = plan._replace(weights=choose_unscaled)
-    engine = _engine_for(loss_fn, params, plan, force_general)
-
-    def run() -> Measured:
-        if sharded(tree.flatten(params)[0]):
-            return run_sharded(engine, loss_fn, params, batch, plan)
-        return engine(loss_fn, params, batch, plan)
-
-    measured = run() if torch.compiler.is_compiling() else _explained(run)
-    norms_and_grads = (measured.grad_norms, measured.example_norms, measured.task_grads)
-    unscaled = tree.tree_map(plan.unscaled, norms_and_grads)
-    vector = measured.vector.to(wide(measured.vector))
-    return measured._replace(vector=vector, grad_norms=unscaled[0], example_norms=unscaled[1], task_grads=unscaled[2])
+def stats_of(plan: Plan, num_examples: float | Tensor = 1.0) -> tuple[TaskStats, Measured]:
+    """One pass: the stats as the user sees them, with trees for lists of leaves."""
+    if plan.where is None:
+        plan = plan._replace(task_grads=False)  # at z, squares and Gramians add up without them
+    measured = run_engine(plan)
+    stats: TaskStats = measured.stats
+    examples = torch.as_tensor(num_examples)  # vmap returns tensors only
+    return stats._replace(
+        task_grads=as_tree(plan, measured) if isinstance(stats.task_grads, list) else (),
+        grads=plan.params(stats.grads) if isinstance(stats.grads, list) else (),
+        num_examples=examples,
+    ), measured
 
 
-def _explained(run: Callable[[], Measured]) -> Measured:
-    """What `run` returns; if it fails as classic autograd inside torch.func does, with what to do about it."""
-    try:
-        return run()
-    except RuntimeError as error:
-        if any(sign in str(error) for sign in AUTOGRAD_INSIDE):
-            raise RuntimeError(
-                "the loss seems to use requires_grad_() and torch.autograd.grad, which do not work inside torch.func. "
-                "Differentiate with respect to inputs by torch.func.grad, jvp or jacrev, under vmap over the points; "
-                "or keep the loss, take the norms by torch.autograd.grad too, and give them to "
-                "balance(state, gn.TaskStats(losses, grad_norms)): see help(gn.multi_task_loss)"
-            ) from error
-        raise
+def run_engine(plan: Plan, *, force_general: bool = False) -> Measured:
+    """The engine that fits the loss, run once."""
+    engine = _engine_for(plan, force_general)
+    compiling = torch.compiler.is_compiling()
+    with no_graph(), nullcontext() if compiling else fresh_casts():
+        if not sharded(plan.leaves):
+            return engine(plan)
+        try:
+            measured = engine(plan)
+        except ValueError:
+            raise
+        except Exception as error:
+            raise explain_sharded(plan, error) from error
+        return whole_stats(measured)
 
 
-def _engine_for(loss_fn: LossFn, params: Any, plan: Plan, force_general: bool) -> Callable[..., Measured]:
-    if not isinstance(loss_fn, MultiTaskLoss):
+def _engine_for(plan: Plan, force_general: bool) -> Any:
+    loss = plan.loss_fn
+    if not isinstance(loss, MultiTaskLoss) or force_general:
         return general
-    if plan.has_aux != loss_fn.has_aux:
-        raise ValueError(
-            f"has_aux={plan.has_aux}, but multi_task_loss was made with has_aux={loss_fn.has_aux}: give both the same"
-        )
-    if loss_fn.backbone is None:
-        return general if force_general else separable
-    inside_stack = isinstance(loss_fn.heads, StackedHeads) and bool(
-        set(plan.at or ()) & set(tree.select(params, loss_fn.heads.path))
-    )
-    return general if force_general or inside_stack else seam
+    if loss.backbone is None:
+        return separable
+    if isinstance(loss.heads, StackedHeads) and plan.where is not None:
+        inside = tree.select(plan.params(plan.leaves), loss.heads.path)
+        if set(inside) & set(plan.where):
+            return general
+    return seam
 
 
-def as_tree(measured: Measured, params: Any, where: Where) -> Any:
+def as_tree(plan: Plan, measured: Measured) -> Any:
     """Task gradients in the structure of z, of params, or, where only some leaves were named, keyed by path."""
-    if measured.z_treedef is not None and where is None:
-        return tree.unflatten(measured.z_treedef, measured.task_grads)
-    if where is None:
-        return tree.unflatten(tree.flatten(params)[1], measured.task_grads)
-    names = tree.paths(params)
-    return {names[i]: grad for i, grad in zip(tree.select(params, where), measured.task_grads, strict=True)}
+    rows = measured.stats.task_grads
+    if plan.where is None:
+        return tree.unflatten(measured.z_treedef, rows)
+    if not plan.by_path:
+        return plan.params(rows)
+    names = tree.paths(plan.params(plan.leaves))
+    return {names[i]: grad for i, grad in zip(plan.where, rows, strict=True)}

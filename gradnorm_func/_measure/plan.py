@@ -1,183 +1,135 @@
-"""What both engines share: the plan of a pass, its result, pullbacks over the task axis, norms, aux."""
+"""The plan of a pass: what is measured, and how. It goes from the door to the engine and back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import reduce, wraps
-from typing import Any, NamedTuple, ParamSpec, TypeAlias
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
-from torch.func import vjp, vmap
 
 from gradnorm_func._core import tree
-from gradnorm_func._core.loss import wrong_count
-from gradnorm_func._measure import ownership
+from gradnorm_func._core.loss import LossFn, MultiTaskLoss, wrong_count
+from gradnorm_func._core.numerics import accum_dtype, column, promoted
+from gradnorm_func._core.tree import Where
+from gradnorm_func._measure.tape import traced
+from gradnorm_func._reduce.stats import TaskStats
 
-P = ParamSpec("P")
-
-# One leaf of z for all tasks: T tensors, or one (T, ...) tensor where the heads are stacked.
-PerTask: TypeAlias = list[Tensor] | Tensor
-
-# of the sum to differentiate: (T,), or a function of (losses, norms, example norms) that gives them, or nothing
-Weights: TypeAlias = Tensor | Callable[[Tensor, Any, Any], Tensor] | None
+Needs: TypeAlias = Literal["losses", "norms", "example_norms", "gramian"]
+Heads: TypeAlias = Literal["weighted", "own"]
+# This step's weights from this step's stats, (T,), and anything else that is to come out of the pass.
+Rule: TypeAlias = Callable[[TaskStats], tuple[Tensor, Any]]
 
 
 class Measured(NamedTuple):
-    """What an engine returns. Gradients are lists of leaves; `()` is what was not asked for."""
+    """What an engine returns."""
 
+    stats: Any  # TaskStats; its task_grads are a list of leaves of W, its grads one of leaves of params
     losses: Any  # in the structure of the user's losses
-    vector: Tensor  # (T,)
-    grad_norms: Any = ()  # (T,)
-    example_norms: Any = ()  # (T,)
-    task_grads: Any = ()  # leaves of W, each (T, ...)
-    grads: Any = ()  # leaves of params
-    aux: Any = ()
+    aux: Any
+    decision: Any = ()  # what the rule returned beside the weights
     z_treedef: Any = None  # structure of z, where W is z
-    kept: Any = ()  # what `Exchange.gather` kept
-
-
-class Exchange(NamedTuple):
-    """What passes between z and the heads, where it is not z itself one way and Σ w_i ∂L_i/∂z the other."""
-
-    spread: Callable[[list[Tensor], Any], list[Tensor]]  # leaves of z, their structure -> (T, ...): each head's own
-    scale: Callable[[Tensor], Tensor]  # (T,) losses -> their cotangents
-    # losses, leaves of z, ([] or [backbone_loss]), gradients at what was spread -> the cotangents of the two, to keep
-    gather: Callable[[Tensor, list[Tensor], list[Tensor], list[Tensor]], tuple[list[Tensor], Any]]
-    backbone_loss: Callable[[Any, Any, Any], Tensor] | None  # (params, z, batch) -> scalar, which no head sees
 
 
 class Plan(NamedTuple):
-    """What to measure, and how."""
+    """One pass over one batch."""
 
-    weights: Weights  # of the sum to differentiate: (T,), or a function of (losses, norms, example norms), or None
-    at: list[int] | None  # indices of the leaves of W; None is z
-    norms: bool  # are the norms wanted?
-    task_grads: bool  # are the task gradients themselves wanted?
-    has_aux: bool
-    vectorize: bool
-    chunk_size: int | None
-    exchange: Exchange | None = None
+    loss_fn: LossFn
+    batch: Any
+    leaves: list[Tensor]  # of params
+    treedef: Any
+    where: list[int] | None  # indices of the leaves of W; None is z
+    by_path: bool  # was W named, so that its gradients come as a dict by path?
+    weights: Tensor | Rule | None  # (T,) of the sum to differentiate, or the rule that gives them, or no sum
+    needs: Needs
+    heads: Heads = "weighted"  # what they learn from: the weighted sum, or each its own loss
+    task_grads: bool = False  # are the task gradients themselves wanted?
+    active: Tensor | None = None  # (T,) bool: the tasks that are present; None is all of them
+    has_aux: bool = False
+    vectorize: bool = True
+    chunk_size: int | None = None
     loss_scale: float | Tensor | None = None  # of every cotangent of the losses
+
+    def params(self, leaves: Sequence[Tensor]) -> Any:
+        """Leaves in the user's structure."""
+        return tree.unflatten(self.treedef, leaves)
+
+    def with_losses(self, losses: Tensor) -> tuple[Plan, Any]:
+        """The plan, once the losses are known: a rule that needs nothing else is asked before any pullback."""
+        if isinstance(self.weights, Tensor):
+            if self.weights.shape != losses.shape:
+                raise ValueError(wrong_count(losses.shape[0], self.weights.numel()))
+        elif self.weights is not None and self.needs == "losses":
+            weights, decision = self.weights(TaskStats(promoted(losses)))
+            return self._replace(weights=weights), decision
+        return self, ()
+
+    def decide(self, stats: TaskStats, decision: Any) -> tuple[Tensor | None, Any]:
+        """The weights of this step: those that came with the plan, or what the rule makes of the stats."""
+        if self.weights is None or isinstance(self.weights, Tensor):
+            return self.weights, decision
+        return self.weights(stats)
 
     def seeds(self, cotangents: Tensor, dtype: torch.dtype) -> Tensor:
         """The cotangents of the losses, which are of `dtype`, with the loss scale on them."""
         if self.loss_scale is not None:  # in float32: the scale alone may be too large for float16
-            cotangents = cotangents.to(wide(cotangents)) * self.loss_scale
+            cotangents = promoted(cotangents) * self.loss_scale
         return cotangents.to(dtype)
 
-    def widened(self, rows: Tensor) -> Tensor:
-        """Gradients in a dtype from which the loss scale can be taken."""
-        return rows if self.loss_scale is None else rows.to(wide(rows))
+    def unit_seeds(self, losses: Tensor) -> Tensor:
+        """(T,) cotangents of one of every loss; of none of an absent one, which may be anything."""
+        ones = torch.ones_like(losses) if self.active is None else self.active
+        return self.seeds(ones, losses.dtype)
 
-    def unscaled(self, rows: Tensor) -> Tensor:
-        """Gradients or norms that carry the loss scale, without it, in float32 at least."""
-        return rows if self.loss_scale is None else self.widened(rows) / self.loss_scale
-
-    def check_count(self, vector: Tensor) -> None:
-        """There must be as many weights as losses."""
-        if isinstance(self.weights, Tensor) and self.weights.shape != vector.shape:
-            raise ValueError(wrong_count(vector.shape[0], self.weights.numel()))
-
-
-def quiet() -> Callable[[], AbstractContextManager[Any]]:
-    """What keeps autograd from recording, unless a surrounding transform is to differentiate through it.
-
-    Without it a pullback records its own second-order graph, and parameters with requires_grad leave one behind.
-    To be asked before the first vjp of our own, which is a transform too.
-    """
-    return nullcontext if tree.inside_transform() else torch.no_grad
+    def without(self, seeds: Tensor, rows: Tensor, *, signed: bool = False) -> Tensor:
+        """Gradients or norms (T, ...) that carry the seeds, without them, in float32 at least; NaN for a seed of 0."""
+        rows = promoted(rows)
+        size = column(promoted(seeds) if signed else promoted(seeds).abs(), rows).to(rows.dtype)
+        if not traced():
+            return rows / size
+        used = size != 0  # NaN where it was 0, but with a derivative that is not
+        return torch.where(used, rows / torch.where(used, size, 1.0), torch.nan)
 
 
-def vjp_aux(fn: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any], Any]:
-    """torch.func.vjp with aux: (output, pullback, aux)."""
-    out, pull, aux = vjp(fn, *primals, has_aux=True)  # type: ignore[misc]
-    like = tree.flatten(out)[0][0]
-
-    def pull_as_recorded(cotangents: Any, **options: Any) -> Any:
-        with full_precision(like):
-            return pull(cotangents, **options)
-
-    return out, pull_as_recorded, aux
-
-
-def full_precision(like: Tensor) -> AbstractContextManager[Any]:
-    """Without the autocast that may surround us, on the device of `like`.
-
-    A backward pass takes its dtypes from the forward pass, and our own sums are not the user's to round.
-    """
-    kind = like.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):  # torch 2.10 does not trace is_autocast_available
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
-
-
-def fresh_casts(engine: Callable[P, Measured]) -> Callable[P, Measured]:
-    """The engine, with nothing left of the casts of parameters that autocast remembers.
-
-    It remembers them until the user's autocast ends, and torch.func wraps the parameters anew in every pass: under an
-    autocast around a whole training loop, memory would grow by a copy of the parameters with every step.
-    """
-
-    @wraps(engine)
-    def run(*args: P.args, **keywords: P.kwargs) -> Measured:
-        if torch.compiler.is_compiling():
-            return engine(*args, **keywords)
-        torch.clear_autocast_cache()
-        try:
-            return engine(*args, **keywords)
-        finally:
-            torch.clear_autocast_cache()
-
-    return run
+def plan_of(
+    params: Any, loss_fn: LossFn, batch: Any, where: Where, weights: Tensor | Rule | None, needs: Needs, **options: Any
+) -> Plan:
+    """The plan of a pass, with all that can be checked before it."""
+    if not callable(loss_fn):
+        raise ValueError(
+            f"loss_fn={type(loss_fn).__name__} must be a function (params, batch) -> losses; "
+            "the order of arguments is (state, params, loss_fn, batch)"
+        )
+    chunk_size, loss_scale = options.get("chunk_size"), options.get("loss_scale")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size} must be at least 1, or None for all tasks at once")
+    if loss_scale is not None and (
+        loss_scale.ndim != 0 if isinstance(loss_scale, Tensor) else not 0 < loss_scale < float("inf")
+    ):
+        raise ValueError(f"loss_scale={loss_scale} must be a positive number or a 0-d tensor; 2.0**16 is a usual start")
+    has_aux = options.get("has_aux", False)
+    if isinstance(loss_fn, MultiTaskLoss) and has_aux != loss_fn.has_aux:
+        raise ValueError(
+            f"has_aux={has_aux}, but multi_task_loss was made with has_aux={loss_fn.has_aux}: give both the same"
+        )
+    leaves, treedef = tree.flatten(params)
+    tree.check_leaves(leaves, params)
+    at_z = where is None and isinstance(loss_fn, MultiTaskLoss) and loss_fn.backbone is not None
+    indices = None if at_z else list(range(len(leaves))) if where is None else selected(params, treedef, where)
+    return Plan(loss_fn, batch, leaves, treedef, indices, where is not None, weights, needs, **options)
 
 
-def unbatchable(outputs: Any) -> bool:
-    """Whether vmap cannot run the backward pass of these: eager PyTorch has no rule for a normalisation layer that
-    reads an input of one dtype and parameters or buffers of another, as under autocast. A compiler has."""
-    if torch.compiler.is_compiling():
-        return False
-    for node in ownership.nodes(outputs):
-        if "Norm" in node.name():
-            read = (getattr(node, f"_saved_{name}", None) for name in ("input", "weight", "running_mean"))
-            if len({tensor.dtype for tensor in read if isinstance(tensor, Tensor)}) > 1:
-                return True
-    return False
+def selected(params: Any, treedef: Any, where: Where) -> list[int]:
+    """Indices of the leaves that `where` names; names are looked up once for one structure of params."""
+    if torch.compiler.is_compiling() or callable(where):
+        return tree.select(params, where)
+    return list(_selected(treedef, where if isinstance(where, str) or where is None else tuple(where)))
 
 
-def pull_all(pull: Callable[[Any], Any], cotangents: Any, plan: Plan, one_by_one: bool = False) -> Any:
-    """The pullback over a leading task axis of the cotangents: vectorised, in chunks, or as a loop."""
-    if plan.vectorize and not one_by_one:
-        return vmap(pull, chunk_size=plan.chunk_size)(cotangents)
-    leaves, treedef = tree.flatten(cotangents)
-    pulled = [pull(tree.unflatten(treedef, [leaf[i] for leaf in leaves])) for i in range(leaves[0].shape[0])]
-    return tree.tree_map(lambda *rows: torch.stack(rows), *pulled)
-
-
-class AuxBox:
-    """Carries aux past torch.func, which takes only tensors: the rest of it stays behind and is put back.
-
-    By torch's own pytree, for the order of leaves does not matter here, and Dynamo knows it better: of a dict with no
-    leaves, which an aux may well be, optree's flatten does not trace.
-    """
-
-    def __init__(self) -> None:
-        self.leaves: list[Any] = []
-        self.treedef: Any = None
-
-    def strip(self, aux: Any) -> list[Tensor]:
-        """The tensors of aux; everything else is remembered."""
-        self.leaves, self.treedef = pytree.tree_flatten(aux)
-        tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
-        self.leaves = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in self.leaves]
-        return tensors
-
-    def fill(self, tensors: list[Tensor]) -> Any:
-        """aux, with these tensors in place."""
-        rest = iter(tensors)
-        return pytree.tree_unflatten([next(rest) if leaf is None else leaf[0] for leaf in self.leaves], self.treedef)
+@lru_cache(maxsize=64)
+def _selected(treedef: Any, where: str | tuple[str, ...] | None) -> tuple[int, ...]:
+    return tuple(tree.select(tree.unflatten(treedef, range(treedef.num_leaves)), where))
 
 
 def split_aux(out: Any, has_aux: bool, name: str = "loss_fn") -> tuple[Any, Any]:
@@ -189,21 +141,27 @@ def split_aux(out: Any, has_aux: bool, name: str = "loss_fn") -> tuple[Any, Any]
     return out
 
 
-def wide(x: Tensor) -> torch.dtype:
-    """float32, or the dtype of x where that is wider."""
-    return torch.promote_types(x.dtype, torch.float32)
+def filled(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients, with zeros for what nobody reads."""
+    return [torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads, like, strict=True)]
 
 
-def weighted_rows(weights: Tensor, rows: Tensor) -> Tensor:
-    """Σ w_i rows_i, of rows (T, ...)."""
-    with full_precision(rows):
-        total: Tensor = torch.tensordot(weights.to(wide(rows)), rows.to(wide(rows)), 1)
-    return total.to(rows.dtype)
+def weighted_sum(weights: Tensor, rows: Tensor | Sequence[Tensor]) -> Tensor:
+    """Σ w_i rows_i, added up in float32 at least; rows are (T, ...), or T tensors (...)."""
+    dtype = accum_dtype(rows[0])
+    w = weights.to(dtype)
+    if isinstance(rows, Tensor):
+        total: Tensor = torch.tensordot(w, rows.to(dtype), 1)
+        return total.to(rows.dtype)
+    first, *rest = (weight * row.to(dtype) for weight, row in zip(w.unbind(), rows, strict=True))
+    return plain_sum([first, *rest]).to(rows[0].dtype)
 
 
-def row_norms(leaves: list[Tensor]) -> Tensor:
-    """(T,) norms of leaves (T, ...), accumulated in float32 at least."""
-    dtype = reduce(torch.promote_types, (leaf.dtype for leaf in leaves), torch.float32)
-    parts = [torch.linalg.vector_norm(leaf.reshape(leaf.shape[0], -1), dim=1, dtype=dtype) for leaf in leaves]
-    norms: Tensor = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0)
-    return norms
+def plain_sum(rows: Sequence[Tensor]) -> Tensor:
+    """The sum of some tensors, the first two of which make the buffer that the others are added to."""
+    if len(rows) == 1:
+        return rows[0]
+    total = rows[0] + rows[1]
+    for row in rows[2:]:
+        total = total + row if traced() else total.add_(row)
+    return total

@@ -5,61 +5,53 @@ Each loss is pulled back on its own, so nothing runs T times, and Σ w_i ∇L_i 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradnorm_func._core import tree
 from gradnorm_func._core.loss import MultiTaskLoss, task_vector
-from gradnorm_func._measure.plan import AuxBox, Measured, Plan, fresh_casts, quiet, row_norms, split_aux, vjp_aux, wide
+from gradnorm_func._core.numerics import promoted
+from gradnorm_func._measure.norms import stats_at_leaves
+from gradnorm_func._measure.plan import Measured, Plan, filled, split_aux, weighted_sum
+from gradnorm_func._measure.tape import Tape, tape
+from gradnorm_func._reduce.stats import TaskStats
 
 
-@fresh_casts
-def separable(loss: MultiTaskLoss, params: Any, batch: Any, plan: Plan) -> Measured:
+def separable(plan: Plan) -> Measured:
     """All that `plan` asks for, of T losses that share nothing but the parameters."""
-    leaves, treedef = tree.flatten(params)
-    at = plan.at if plan.at is not None else list(range(len(leaves)))
+    loss = plan.loss_fn
+    assert isinstance(loss, MultiTaskLoss) and plan.where is not None
+    runs = [_recorded(plan, function) for function in loss.functions]
+    values = [run.outputs[0] for run in runs]
+    losses = torch.stack(values)
+    aux = ((), loss.structure([run.aux for run in runs])) if plan.has_aux else ()
+    plan, decision = plan.with_losses(losses)
     # Only what is asked for is differentiated: without weights, W alone.
-    own = at if plan.weights is None else list(range(len(leaves)))
-    rows: list[list[Tensor]] = []
-    values, auxes = [], []
-    with quiet()():
-        for function in loss.functions:
-            box = AuxBox()
-
-            def evaluate(own_leaves: list[Tensor], function: Any = function, box: AuxBox = box) -> Any:
-                out = function(tree.unflatten(treedef, tree.replace(leaves, own, own_leaves)), batch)
-                value, aux = split_aux(out, plan.has_aux, "a loss")
-                return task_vector([value]).squeeze(0), box.strip(aux)
-
-            value, pull, kept = vjp_aux(evaluate, [leaves[i] for i in own])
-            rows.append(list(pull(plan.seeds(torch.ones_like(value), value.dtype))[0]))
-            values.append(value)
-            auxes.append(box.fill(kept))
-        vector = torch.stack(values)
-        plan.check_count(vector)
-        # W first: only its leaves are needed with their task axis.
-        task_grads = [torch.stack([row[own.index(i)] for row in rows]) for i in at] if plan.norms else []
-        norms = row_norms(task_grads) if plan.norms else ()
-        grads: Any = ()
-        if plan.weights is not None:
-            weights = plan.weights(vector, norms, ()) if callable(plan.weights) else plan.weights
-            grads = [_weighted(weights, column) for column in zip(*rows, strict=True)]
-    return Measured(
-        loss.structure(values),
-        vector,
-        norms,
-        (),
-        task_grads if plan.task_grads else (),
-        grads,
-        ((), loss.structure(auxes)) if plan.has_aux else (),
-    )
+    indices = plan.where if plan.weights is None else list(range(len(plan.leaves)))
+    stats = TaskStats(promoted(losses))
+    grads: list[list[Tensor]] = []  # of each task, the leaves
+    if plan.needs != "losses" or plan.weights is not None:
+        seeds = plan.unit_seeds(losses)
+        leaves = [plan.leaves[i] for i in indices]
+        pulled = zip(runs, seeds.to(losses.dtype).unbind(), values, strict=True)
+        grads = [filled(run.pull([seed.to(value.dtype)], indices, last=True), leaves) for run, seed, value in pulled]
+        if plan.needs != "losses":
+            rows = [torch.stack([task[indices.index(i)] for task in grads]) for i in plan.where]
+            plain = plan.loss_scale is None and plan.active is None
+            stats = stats_at_leaves(plan, promoted(losses), rows, None if plain else seeds)
+    weights, decision = plan.decide(stats, decision)
+    if weights is not None:
+        stats = stats._replace(grads=[weighted_sum(weights, column) for column in zip(*grads, strict=True)])
+    return Measured(stats, loss.structure(values), aux, decision)
 
 
-def _weighted(weights: Tensor, column: tuple[Tensor, ...]) -> Tensor:
-    """Σ w_i g_i, of the gradients of one leaf."""
-    dtype = wide(column[0])
-    first, *rest = (w * g.to(dtype) for w, g in zip(weights.to(dtype).unbind(), column, strict=True))
-    total: Tensor = sum(rest, first)
-    return total.to(column[0].dtype)
+def _recorded(plan: Plan, function: Callable[..., Any]) -> Tape:
+    """One loss, from all leaves to a scalar."""
+
+    def record(leaves: list[Tensor]) -> tuple[list[Tensor], Any]:
+        value, aux = split_aux(function(plan.params(leaves), plan.batch), plan.has_aux, "a loss")
+        return [task_vector([value]).squeeze(0)], aux
+
+    return tape(record, plan.leaves)

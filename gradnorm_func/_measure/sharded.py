@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -23,24 +23,19 @@ def whole(x: Tensor) -> Tensor:
     return full
 
 
-def run_sharded(engine: Callable[..., Measured], loss_fn: Any, params: Any, batch: Any, plan: Plan) -> Measured:
-    """What an engine measures at DTensors, as plain tensors; only `grads` are as the parameters are."""
-    try:
-        measured = engine(loss_fn, params, batch, plan)
-    except ValueError:
-        raise
-    except Exception as error:
-        path = tree.paths(params)[sharded(tree.flatten(params)[0])[0]]
-        raise ValueError(
-            f"params[{path!r}] is a DTensor, at which torch.func failed: {error}. If FSDP2 or a tensor-parallel plan "
-            "sharded it, keep that module under plain autograd: gn.fork and gn.measure_losses (or gn.measure_from). If "
-            "loss_fn itself computes with DTensors, and all ranks have the same batch, run this under "
-            "torch.distributed.tensor.experimental.implicit_replication()"
-        ) from error
-    return measured._replace(
-        losses=tree.tree_map(whole, measured.losses),
-        vector=whole(measured.vector),
-        grad_norms=tree.tree_map(whole, measured.grad_norms),
-        example_norms=tree.tree_map(whole, measured.example_norms),
-        task_grads=tree.tree_map(whole, measured.task_grads),
+def explain_sharded(plan: Plan, error: Exception) -> ValueError:
+    """What to do where torch cannot differentiate at DTensors."""
+    path = tree.paths(plan.params(plan.leaves))[sharded(plan.leaves)[0]]
+    return ValueError(
+        f"params[{path!r}] is a DTensor, at which differentiation failed: {error}. If FSDP2 or a tensor-parallel plan "
+        "sharded it, keep that module under plain autograd: gn.fork and gn.measure_losses. If "
+        "loss_fn itself computes with DTensors, and all ranks have the same batch, run this under "
+        "torch.distributed.tensor.experimental.implicit_replication()"
     )
+
+
+def whole_stats(measured: Measured) -> Measured:
+    """What an engine has measured at DTensors, as plain tensors; only `grads` are as the parameters are."""
+    grads = measured.stats.grads
+    stats = tree.tree_map(whole, measured.stats._replace(grads=()))
+    return measured._replace(stats=stats._replace(grads=grads), losses=tree.tree_map(whole, measured.losses))

@@ -20,6 +20,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.func import vjp, vmap
 
+from gradnorm_func._core.numerics import full_precision
+
 # What tapes record: leaves -> (outputs, anything else the caller wants to have)
 Recorded = Callable[[list[Tensor]], tuple[list[Tensor], Any]]
 # One gradient for each input; None where autograd knows that the outputs do not depend on it.
@@ -82,17 +84,6 @@ def no_graph() -> AbstractContextManager[Any]:
 def constant(x: Tensor) -> Tensor:
     """Without the graph that a caller's own tensor may hang on, which a state would keep alive for ever."""
     return x if inside_transform() else x.detach()
-
-
-def full_precision(like: Tensor) -> AbstractContextManager[Any]:
-    """Without the autocast that may surround us, on the device of `like`.
-
-    A backward pass takes its dtypes from the forward pass, and our own sums are not the user's to round.
-    """
-    kind = like.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):  # torch 2.10 does not trace is_autocast_available
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import reduce
 from typing import Any
 
 import torch
@@ -10,12 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradnorm_func._core import tree
-from gradnorm_func._reduce.stats import Sums, TaskStats, stats_of, sums_of
-from gradnorm_func._rotograd.measure import RotoGradStats
-from gradnorm_func._rotograd.merge import rotograd_of_sums, rotograd_sums
+from gradnorm_func._core.numerics import accum_dtype, promoted, safe_sqrt
+from gradnorm_func._reduce.stats import S, TaskStats, mean_of, present, sums_of
 
 
-def all_reduce(stats: Any, group: Any = None, *, squared_norms: bool = False) -> Any:
+def all_reduce(stats: S, group: Any = None, *, squared_norms: bool = False) -> S:
     r"""The stats of the union of the batches of all ranks, exactly as `merge` would give them.
 
     All that adds up (the losses, task gradients and parameters' gradients times the number of examples, and that number
@@ -62,25 +60,33 @@ def all_reduce(stats: Any, group: Any = None, *, squared_norms: bool = False) ->
             "all_reduce needs a process group: call torch.distributed.init_process_group first, under torchrun or a "
             "launcher of your own; in a run of one process leave reduce= out"
         )
-    rotations = isinstance(stats, RotoGradStats)
-    bucket, layout, treedef = _packed(rotograd_sums(stats) if rotations else _sums(stats, squared_norms))
+    if isinstance(stats, TaskStats) and present(stats.grad_norms) and not present(stats.square_norms):
+        if squared_norms:
+            return _mean_of_squares(stats, group)
+        if not tree.flatten(stats.task_grads)[0]:
+            raise ValueError(
+                "these stats hold norms at parameters but no gradients, and the norm of a mean is not the mean of "
+                "norms: measure with norms_only=False, or say squared_norms=True for an upper bound"
+            )
+    bucket, layout, treedef = _packed(sums_of(stats))
     dist.all_reduce(bucket, group=group)
     parts = torch.split(bucket, [shape.numel() for shape, _, _ in layout])
     shaped = [part.reshape(shape).to(device, dtype) for part, (shape, dtype, device) in zip(parts, layout, strict=True)]
-    return (rotograd_of_sums if rotations else stats_of)(tree.unflatten(treedef, shaped))
+    return mean_of(stats, tree.unflatten(treedef, shaped))
 
 
-def _sums(stats: TaskStats, squared_norms: bool) -> Sums:
-    try:
-        return sums_of(stats, square_norms=squared_norms)
-    except ValueError as error:
-        raise ValueError(f"{error}, or say squared_norms=True for an upper bound") from None
+def _mean_of_squares(stats: TaskStats, group: Any) -> TaskStats:
+    """T squared norms in place of T gradients: they travel as what is a mean over examples."""
+    squares = tree.tree_map(lambda norms: promoted(torch.as_tensor(norms)).square(), stats.grad_norms)
+    carrier = stats._replace(grad_norms=(), gramian=(), task_grads=(), extra=(stats.extra, squares))
+    mean = all_reduce(carrier, group)
+    return mean._replace(extra=mean.extra[0], grad_norms=tree.tree_map(safe_sqrt, mean.extra[1]))
 
 
 def _packed(sums: Any) -> tuple[Tensor, list[Any], Any]:
     """The sums in one buffer, and how to take it apart."""
     leaves, treedef = tree.flatten(sums)
     layout = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
-    dtype = reduce(torch.promote_types, (leaf.dtype for leaf in leaves))
+    dtype = accum_dtype(*leaves)
     bucket = torch.cat([leaf.detach().to(leaves[0].device, dtype).reshape(-1) for leaf in leaves])
     return bucket, layout, treedef

@@ -1,37 +1,87 @@
-"""TaskStats: what one pass over a batch tells of the tasks, and how those of several batches merge."""
+"""TaskStats: what one pass over a batch tells of the tasks, and how the stats of several batches become one."""
 
 from __future__ import annotations
 
-from functools import reduce
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from gradnorm_func._core import tree
+from gradnorm_func._core.numerics import accum_dtype, diagonal, full_precision, promoted, safe_sqrt, square_norms
+
+
+class Stats(Protocol):
+    """What a pass over a batch has measured. All of them merge in one way, whatever the method."""
+
+    @property
+    def num_examples(self) -> Any:
+        """The share of this batch in a mean."""
+
+    @property
+    def powers(self) -> Mapping[str, int]:
+        """Fields that add up over disjoint parts of a batch, each with the power of the part's share it is due."""
+
+    def complete(self: S) -> S:
+        """The same with the other fields, which do not add up, computed from those that do."""
+
+    def _asdict(self) -> dict[str, Any]: ...
+
+    def _replace(self: S, **fields: Any) -> S: ...
+
+
+S = TypeVar("S", bound=Stats)
 
 
 class TaskStats(NamedTuple):
     """What a balancer may know of the T tasks. A field that was not measured is `()`.
 
     A caller who has losses and norms from elsewhere (classic autograd, a wrapped model, another framework)
-    gives the first two: `balance(state, TaskStats(losses, grad_norms))`; both may be dicts.
+    gives the first two: `gradnorm_balance(state, TaskStats(losses, grad_norms))`; both may be dicts.
     """
 
     losses: Any  # (T,) L_i
     grad_norms: Any = ()  # (T,) ‖∇_W L_i‖, unweighted; NaN for a task of weight 0 that was not measured
     example_norms: Any = ()  # (T,) mean over examples of ‖∂L_i/∂z_b‖, only where W is z
+    square_norms: Any = ()  # (T,) ‖∂L_i/∂z‖², only where W is z: there they add up
+    gramian: Any = ()  # (T, T) ⟨∇_W L_i, ∇_W L_j⟩
     task_grads: Any = ()  # W with a leading task axis: ∇_W L_i, only where W are parameters
     grads: Any = ()  # params: ∇_θ Σ w_i L_i
+    extra: Any = ()  # what a method has measured by itself: means over examples
     num_examples: Any = 1.0  # () the share of this batch in a mean
 
+    @property
+    def powers(self) -> Mapping[str, int]:
+        """At z every example has coordinates of its own, so that squares and Gramians add up; at parameters the
+        gradients themselves do, and what is quadratic in them is computed afterwards."""
+        at_z = {"square_norms": 2, "example_norms": 2, "gramian": 2} if present(self.square_norms) else {}
+        return {"losses": 1, "task_grads": 1, "grads": 1, "extra": 1, **at_z}
 
-def merge(*stats: TaskStats | None) -> TaskStats:
+    def complete(self) -> TaskStats:
+        """With norms, and at parameters the Gramian, of the gradients of the whole."""
+        if present(self.square_norms):
+            return self._replace(grad_norms=tree.tree_map(safe_sqrt, self.square_norms))
+        rows = tree.flatten(self.task_grads)[0]
+        if not rows:
+            if present(self.grad_norms):
+                raise ValueError(
+                    "these stats hold norms at parameters but no gradients, and the norm of a mean is not the mean of "
+                    "norms: measure with norms_only=False"
+                )
+            return self
+        if not present(self.gramian):
+            return self._replace(grad_norms=safe_sqrt(square_norms(rows)))
+        gramian = gramian_of(rows)
+        return self._replace(gramian=gramian, grad_norms=safe_sqrt(diagonal(gramian)))
+
+
+def merge(*stats: S | None) -> S:
     r"""The stats of the union of several micro-batches, exactly.
 
     With :math:`\pi_m` the share of micro-batch m among the examples, losses and gradients are means,
     :math:`\sum_m \pi_m x_m`, and norms are taken afterwards, for the norm of a mean is not the mean of norms.
-    At z every example has its own coordinates: :math:`\|g\|^2 = \sum_m \pi_m^2 \|g_m\|^2`.
+    At z every example has its own coordinates: :math:`G = \sum_m \pi_m^2 G_m`, for the Gramian and for squared norms.
 
     Merging is associative, so that a running stats is all that needs to be kept of the micro-batches so far.
 
@@ -40,7 +90,7 @@ def merge(*stats: TaskStats | None) -> TaskStats:
             `num_examples=` to `measure` if the micro-batches are not of one size. None is skipped: nothing yet.
 
     Returns:
-        TaskStats of the whole batch, in float32 at least: what is summed over many micro-batches should not be rounded
+        Stats of the whole batch, in float32 at least: what is summed over many micro-batches should not be rounded
         to bfloat16 after each.
 
     Raises:
@@ -62,67 +112,46 @@ def merge(*stats: TaskStats | None) -> TaskStats:
         >>> running.losses, running.grad_norms
         (tensor([6.0000, 4.5000]), tensor([3., 2.]))
     """
-    parts = [sums_of(s) for s in stats if s is not None]
+    parts = [part for part in stats if part is not None]
     if not parts:
         raise ValueError("merge() of nothing: give it at least one TaskStats")
-    return stats_of(parts[0] if len(parts) == 1 else tree.tree_map(lambda *leaves: sum(leaves[1:], leaves[0]), *parts))
+    sums = [sums_of(part) for part in parts]
+    total = sums[0] if len(sums) == 1 else tree.tree_map(lambda *leaves: sum(leaves[1:], leaves[0]), *sums)
+    return mean_of(parts[0], total)
 
 
-class Sums(NamedTuple):
-    """What adds up over disjoint parts of a batch, n being a part's number of examples; float32 at least."""
-
-    examples: Tensor  # () n
-    losses: Any  # (T,) n L_i
-    square_norms: Any  # (T,) n² ‖g_i‖² at z; n ‖g_i‖² where the mean of the parts' squares is asked for; or ()
-    example_norms: Any  # (T,) n² times the mean over examples, at z
-    task_grads: Any  # n ∇_W L_i, where norms are to be taken of the mean
-    grads: Any  # n ∇_θ Σ w_i L_i
-
-
-def sums_of(stats: TaskStats, *, square_norms: bool = False) -> Sums:
-    """The part that a batch has in the sums; `square_norms` replaces task gradients at parameters by squared norms."""
-    measured = [_wide(leaf) for leaf in tree.flatten((stats.losses, stats.grads))[0]]
+def sums_of(stats: Stats) -> dict[str, Any]:
+    """The part that a batch has in the sums: each field times n to its power, n being the number of examples."""
+    fields = {name: getattr(stats, name) for name in stats.powers}
+    measured = [torch.as_tensor(leaf) for leaf in tree.flatten(fields)[0]]
     # Counts as exact as what they multiply: float64 stats stay so.
-    dtype = reduce(torch.promote_types, (leaf.dtype for leaf in measured), torch.float32)
-    count = torch.as_tensor(stats.num_examples, device=measured[0].device, dtype=dtype)
-
-    def times(factor: Tensor, part: Any) -> Any:
-        return tree.tree_map(lambda leaf: _wide(leaf) * factor.to(_wide(leaf).dtype), part)
-
-    losses, grads = times(count, stats.losses), times(count, stats.grads)
-    has_norms = len(tree.flatten(stats.grad_norms)[0]) > 0
-    if isinstance(stats.example_norms, Tensor):
-        squares = tree.tree_map(torch.square, times(count, stats.grad_norms))
-        return Sums(count, losses, squares, times(count.square(), stats.example_norms), (), grads)
-    if square_norms and has_norms:
-        squares = times(count, tree.tree_map(lambda leaf: _wide(leaf).square(), stats.grad_norms))
-        return Sums(count, losses, squares, (), (), grads)
-    task_grads = times(count, stats.task_grads)
-    if has_norms and not tree.flatten(task_grads)[0]:
-        raise ValueError(
-            "these stats hold norms at parameters but no gradients, and the norm of a mean is not the mean of norms: "
-            "measure with norms_only=False"
-        )
-    return Sums(count, losses, (), (), task_grads, grads)
+    count = torch.as_tensor(stats.num_examples, device=measured[0].device).to(accum_dtype(*measured))
+    sums = {name: _times(count**power, fields[name]) for name, power in stats.powers.items()}
+    return {**sums, "num_examples": count}
 
 
-def stats_of(sums: Sums) -> TaskStats:
-    """The stats of the batch whose parts have been summed."""
-
-    def divided(part: Any) -> Any:
-        return tree.tree_map(lambda leaf: leaf / sums.examples.to(leaf.dtype), part)
-
-    task_grads = divided(sums.task_grads)
-    leaves = tree.flatten(task_grads)[0]
-    norms: Any = tree.safe_sqrt(tree.square_norms(leaves)) if leaves else ()
-    at_z = isinstance(sums.example_norms, Tensor)
-    if tree.flatten(sums.square_norms)[0]:
-        root = tree.tree_map(tree.safe_sqrt, sums.square_norms if at_z else divided(sums.square_norms))
-        norms = divided(root) if at_z else root
-    example_norms = divided(divided(sums.example_norms))
-    return TaskStats(divided(sums.losses), norms, example_norms, task_grads, divided(sums.grads), sums.examples)
+def mean_of(like: S, sums: Mapping[str, Any]) -> S:
+    """The stats of the batch whose parts have been added up; `like` are those of any part."""
+    count = sums["num_examples"]
+    means = {name: _times(1 / count**power, sums[name]) for name, power in like.powers.items()}
+    return like._replace(**means, num_examples=count).complete()
 
 
-def _wide(leaf: Any) -> Tensor:
-    tensor = torch.as_tensor(leaf)
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def gramian_of(rows: list[Tensor]) -> Tensor:
+    """(T, T) inner products over all leaves (T, ...), in float32 at least."""
+    flat = [promoted(leaf.reshape(leaf.shape[0], -1)) for leaf in rows]
+    with full_precision(flat[0]):
+        return sum((leaf @ leaf.mT for leaf in flat[1:]), flat[0] @ flat[0].mT)
+
+
+def present(field: Any) -> bool:
+    """Whether a field of stats was measured."""
+    return not (isinstance(field, tuple) and field == ())
+
+
+def _times(factor: Tensor, field: Any) -> Any:
+    def scaled(leaf: Any) -> Tensor:
+        x = promoted(torch.as_tensor(leaf))
+        return x * factor.to(x.dtype)
+
+    return tree.tree_map(scaled, field)

@@ -1,4 +1,4 @@
-"""RotoGrad's balance: from what a pass has found to the next rotations and weights."""
+"""RotoGrad's balance: from what a pass has measured to the next rotations and weights."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradnorm_func._balance.protocol import choose, here_of
+from gradnorm_func._balance.guard import accepted, due, settled
+from gradnorm_func._balance.seen import mask_vector
 from gradnorm_func._core import tree
-from gradnorm_func._measure.plan import quiet
-from gradnorm_func._rotograd.measure import RotoGradStats, backbone_initial, check_state, rescaled
-from gradnorm_func._rotograd.rotation import MAPS, polish, skew, tangent_gradient, turn
-from gradnorm_func._rotograd.scale import Hyper, Numbers, RotoGradState, diagonal, numbers, weight_gradient
+from gradnorm_func._core.numerics import cosines, diagonal, safe_sqrt
+from gradnorm_func._measure.tape import no_graph
+from gradnorm_func._rotograd import published
+from gradnorm_func._rotograd.crossing import RotoGradStats, backbone_initial, in_units
+from gradnorm_func._rotograd.rotation import polish, skew, turn
+from gradnorm_func._rotograd.scale import Numbers, numbers, weight_gradient
+from gradnorm_func._rotograd.settings import Hyper, RotoGradState
 
 
 class RotoGradInfo(NamedTuple):
@@ -32,44 +36,39 @@ class RotoGradInfo(NamedTuple):
 def balance(
     state: RotoGradState, stats: RotoGradStats, hyper: Hyper, mask: Any, update: bool | Tensor
 ) -> tuple[RotoGradState, RotoGradInfo]:
-    """What `rotograd_balance` returns, hyperparameters bound."""
+    """The rotations' step, and the weights'; all of it or nothing."""
     check_state(state)
     _check_moments(state, hyper)
-    with quiet()():
-        here = here_of(state, mask)
-        _, gram = rescaled(state, stats, here, hyper)
-        found = numbers(state, stats.losses, gram, here, hyper)
-        info = _info(stats, gram, found, here, hyper)
+    vector = mask_vector(mask, state.weights)
+    active = torch.ones_like(state.weights, dtype=torch.bool) if vector is None else vector
+    turn_of_step = due(state, hyper.every, update)
+    with no_graph():
+        units, gramian = in_units(state, stats, active, hyper)  # (T,), (T, T)
+        result = numbers(state, stats.losses, gramian, active, hyper)
+        info = _info(stats, gramian, result, active, hyper)
         if update is False:
             return state, info
-        new, step = _rotated(state, _objective_gradient(state, stats, found, hyper), hyper)
+        if turn_of_step is False:
+            return settled(state, state, accepted(info.finite, vector, update), turn_of_step, vector), info
+        new, step = _rotated(state, _objective_gradient(state, stats, result, hyper), hyper)
         new = new._replace(
-            initial_losses=found.initial_losses,
-            initial_norms=found.initial_norms,
+            initial_losses=result.initial_losses,
+            initial_norms=result.initial_norms,
             initial_backbone_loss=backbone_initial(state, stats.backbone_loss, hyper),
-            step=state.step + 1,
         )
         if hyper.scale == "gradnorm":
-            by_log = weight_gradient(state, found, gram, here, hyper)
-            step, moments = hyper.weight_optimizer.update(by_log, state.weight_moments, state.weights.log())
-            raw = torch.where(here, state.weights * step.exp(), 0.0)
-            moved = torch.where(here, raw * (torch.where(here, state.weights, 0.0).sum() / raw.sum()), state.weights)
-            new = new._replace(weights=moved, weight_moments=moments)
-        if mask is not None:
-            new = _with_absent(here, new, state)
+            new, step = _with_weights(new, state, weight_gradient(state, result, gramian, active, hyper), active, hyper)
         # Asked of the step and not of the rotations, which follow late: what is chosen can be written at once.
-        ok = info.finite & step.square().sum().isfinite() & new.weights.isfinite().all()
-        info = info._replace(finite=ok)
-        return choose(ok & here.any() & torch.as_tensor(update, device=here.device), new, state), info
+        info = info._replace(finite=info.finite & step.square().sum().isfinite() & new.weights.isfinite().all())
+        return settled(new, state, accepted(info.finite, vector, update), turn_of_step, vector), info
 
 
-def _objective_gradient(state: RotoGradState, stats: RotoGradStats, found: Numbers, hyper: Hyper) -> Tensor:
+def _objective_gradient(state: RotoGradState, stats: RotoGradStats, result: Numbers, hyper: Hyper) -> Tensor:
     """(T, m, m) R_kᵀ times the derivative of what R_k descends."""
-    ratio = found.units / stats.units
     moments, square = stats.moments, stats.square
-    if isinstance(stats.cross, Tensor):
-        along = found.direction * ratio
-        moments = torch.einsum("k,j,kjab->kab", ratio, along, stats.cross)
+    if isinstance(stats.cross, Tensor):  # merged stats: v is made of all of them
+        along = result.direction * result.units
+        moments = torch.einsum("k,j,kjab->kab", result.units, along, stats.cross)
         square = torch.einsum("k,kab->ab", along, torch.einsum("j,kjab->kab", along, stats.cross))
     factor = 1.0 if hyper.form == "paper" else 2 / _count(stats)
     gradient: Tensor = -factor * moments
@@ -78,50 +77,48 @@ def _objective_gradient(state: RotoGradState, stats: RotoGradStats, found: Numbe
     # The published rotation loss is a square distance: its normal part moves nothing, but counts in the norm.
     if hyper.form != "paper":
         gradient = gradient + factor * square
-    own = stats.task_moments * ratio[:, None, None]
-    size = torch.linalg.matrix_norm((own + gradient) / 2, keepdim=True)
-    return torch.where(state.step >= hyper.cooperative, _resized(own, size) + _resized(gradient, size), gradient)
-
-
-def _resized(x: Tensor, size: Tensor) -> Tensor:
-    """A stack of matrices, each scaled to a norm; 0 stays 0."""
-    norm = torch.linalg.matrix_norm(x, keepdim=True)
-    return torch.where(norm > 0, x * (size / torch.where(norm > 0, norm, 1.0)), 0.0)
+    task_gradient = stats.task_moments * result.units[:, None, None]
+    return published.cooperative(gradient, task_gradient, state, hyper.cooperative)
 
 
 def _rotated(state: RotoGradState, gradient: Tensor, hyper: Hyper) -> tuple[RotoGradState, Tensor]:
     """The state with rotations one step further, and the step of A; `gradient` is R_kᵀ ∂/∂R_k."""
-    if hyper.moving:
-        step, moments = hyper.optimizer.update(skew(gradient), state.moments, torch.zeros_like(gradient))
-        rotations = polish(turn(state.rotations, step, hyper.map), state.step)
-        return state._replace(rotations=rotations, moments=moments), step
-    by_tangent = tangent_gradient(state.tangents, gradient, hyper.map)
-    step, moments = hyper.optimizer.update(by_tangent, state.moments, state.tangents)
-    tangents = state.tangents + step
-    rotations = state.base @ MAPS[hyper.map](tangents)
-    return state._replace(rotations=rotations, tangents=tangents, moments=moments), step
+    if not hyper.moving:
+        return published.rotated_about_base(state, gradient, hyper)
+    step, moments = hyper.optimizer.update(skew(gradient), state.moments, torch.zeros_like(gradient))
+    rotations = polish(turn(state.rotations, step, hyper.map), state.step)
+    return state._replace(rotations=rotations, moments=moments), step
 
 
-def _info(stats: RotoGradStats, gram: Tensor, found: Numbers, here: Tensor, hyper: Hyper) -> RotoGradInfo:
-    ratio = found.units / stats.units
-    head_gram = stats.head_gram * ratio[:, None] * ratio
-    head_norms = tree.safe_sqrt(diagonal(head_gram))
-    agreement = gram @ found.direction
-    rotation_losses = -agreement
-    if hyper.form != "paper":
-        distance = found.direction @ agreement + diagonal(gram) - 2 * agreement
-        rotation_losses = distance / _count(stats)
-    total = torch.where(here, stats.losses, 0.0).sum()
-    finite = ((stats.losses.isfinite() & found.norms.isfinite()) | ~here).all() & gram.isfinite().all()
+def _with_weights(
+    new: RotoGradState, state: RotoGradState, by_log: Tensor, active: Tensor, hyper: Hyper
+) -> tuple[RotoGradState, Tensor]:
+    """RotoGradNorm's weights one step further, their sum as it was; and that step."""
+    step, moments = hyper.weight_optimizer.update(by_log, state.weight_moments, state.weights.log())
+    raw = torch.where(active, state.weights * step.exp(), 0.0)
+    budget = torch.where(active, state.weights, 0.0).sum()
+    moved = torch.where(active, raw * (budget / raw.sum()), state.weights)
+    return new._replace(weights=moved, weight_moments=moments), step
+
+
+def _info(stats: RotoGradStats, gramian: Tensor, result: Numbers, active: Tensor, hyper: Hyper) -> RotoGradInfo:
+    units = torch.where(active, result.units, 0.0)
+    head_gramian = stats.head_gramian * units[:, None] * units if hyper.normalize else stats.head_gramian
+    if hyper.form == "paper":
+        rotation_losses = -gramian @ result.direction
+    else:
+        rotation_losses = published.squared_distances(result.direction, gramian) / _count(stats)
+    total = torch.where(active, stats.losses, 0.0).sum()
+    finite = ((stats.losses.isfinite() & result.norms.isfinite()) | ~active).all() & gramian.isfinite().all()
     if isinstance(stats.backbone_loss, Tensor):
         total, finite = total + stats.backbone_loss, finite & stats.backbone_loss.isfinite()
     return RotoGradInfo(
         losses=stats.losses,
-        weights=found.weights,
-        head_norms=head_norms,
-        grad_norms=found.norms,
-        head_cosines=_cosines(head_gram, head_norms),
-        cosines=_cosines(gram, found.norms),
+        weights=result.weights,
+        head_norms=safe_sqrt(diagonal(head_gramian)),
+        grad_norms=result.norms,
+        head_cosines=cosines(head_gramian),
+        cosines=cosines(gramian),
         rotation_losses=rotation_losses,
         total_loss=total,
         finite=finite,
@@ -133,19 +130,13 @@ def _count(stats: RotoGradStats) -> float | Tensor:
     return stats.examples.clamp(min=1) if isinstance(stats.examples, Tensor) else max(stats.examples, 1.0)
 
 
-def _cosines(gram: Tensor, norms: Tensor) -> Tensor:
-    """(T, T); 0 where a gradient vanishes."""
-    size = norms[:, None] * norms
-    return torch.where(size > 0, gram / torch.where(size > 0, size, 1.0), 0.0)
-
-
-def _with_absent(here: Tensor, new: RotoGradState, old: RotoGradState) -> RotoGradState:
-    """The new state, with everything of the absent tasks as it was."""
-
-    def pick(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(here.reshape(-1, *[1] * (a.ndim - 1)), a, b) if a.ndim else a
-
-    return tree.tree_map(pick, new, old)  # type: ignore[no-any-return]
+def check_state(state: Any) -> None:
+    """Refuses what is no state of RotoGrad."""
+    if not isinstance(state, RotoGradState):
+        raise ValueError(
+            f"state is a {type(state).__name__}, not a RotoGradState: make one with gn.rotograd(...).init(T); "
+            "the order of arguments is (state, params, loss_fn, batch)"
+        )
 
 
 def _check_moments(state: RotoGradState, hyper: Hyper) -> None:
@@ -157,6 +148,5 @@ def _check_moments(state: RotoGradState, hyper: Hyper) -> None:
     )
     if tree.flatten(expected)[1] != tree.flatten((state.tangents, state.moments, state.weight_moments))[1]:
         raise ValueError(
-            "the state was made with another moving=, scale= or optimizer=: give rotograd_init_state and the updates "
-            "the same (or use the init of the same gn.rotograd(...))"
+            "the state was made with another moving=, scale= or optimizer=: use the init of the same gn.rotograd(...)"
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import MultiTaskLoss, StackedHeads, task_names
 from gradnorm_func._rotograd.rotation import Layout
-from gradnorm_func._rotograd.scale import RotoGradState, hyperparameters
+from gradnorm_func._rotograd.settings import RotoGradState, hyperparameters
 
 
 def rotograd_task_fn(
@@ -42,7 +42,7 @@ def rotograd_task_fn(
         >>> loss_fn = gn.multi_task_loss(
         ...     lambda w, x: x * w, {"a": lambda w, z, x: z[:, 0].sum(), "b": lambda w, z, x: z[:, 1].sum()})
         >>> task_fn = gn.rotograd_task_fn(loss_fn, heads={"a": lambda w, z, x: z[:, 0], "b": lambda w, z, x: z[:, 1]})
-        >>> predict = task_fn(torch.ones(2), gn.rotograd_init_state(2, 2), "b")
+        >>> predict = task_fn(torch.ones(2), gn.rotograd(2).init(2), "b")
         >>> predict(torch.tensor([[3.0, 4.0]]))
         tensor([4.])
     """
@@ -103,7 +103,7 @@ def fold_rotations(
     Example:
         >>> import torch, gradnorm_func as gn
         >>> quarter = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
-        >>> state = gn.rotograd_init_state(2, 2, rotations=torch.stack([quarter, torch.eye(2)]))
+        >>> state = gn.rotograd(2).init(2, rotations=torch.stack([quarter, torch.eye(2)]))
         >>> params = {"a": torch.tensor([[1.0, 2.0]]), "b": torch.tensor([[1.0, 2.0]])}
         >>> gn.fold_rotations(params, state, ["a", "b"])["a"]
         tensor([[ 2., -1.]])
@@ -136,9 +136,9 @@ def _fold(weight: Tensor, rotation: Tensor, trailing: tuple[int, ...], path: str
             f"params[{path!r}] has shape {tuple(weight.shape)}: its second axis must be the features of z, at least "
             f"the {m} rotated ones (times trailing_shape={trailing}, if they are flattened)"
         )
-    wide = weight.reshape(weight.shape[0], -1, behind) if split else weight
-    turned = torch.einsum("oi...,ij->oj...", wide[:, :m], rotation.to(weight.dtype))
-    return torch.cat([turned, wide[:, m:]], dim=1).reshape(weight.shape)
+    blocks = weight.reshape(weight.shape[0], -1, behind) if split else weight
+    turned = torch.einsum("oi...,ij->oj...", blocks[:, :m], rotation.to(weight.dtype))
+    return torch.cat([turned, blocks[:, m:]], dim=1).reshape(weight.shape)
 
 
 def _layout(

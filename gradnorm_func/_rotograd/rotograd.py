@@ -2,89 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
-from gradnorm_func._balance.protocol import Balancer
-from gradnorm_func._core.loss import LossFn, task_vector
-from gradnorm_func._reduce.micro import split
-from gradnorm_func._rotograd.balance import RotoGradInfo
-from gradnorm_func._rotograd.balance import balance as balanced
-from gradnorm_func._rotograd.measure import RotoGradStats, bind, check_state, run
-from gradnorm_func._rotograd.merge import in_parts
-from gradnorm_func._rotograd.scale import Hyper, RotoGradState, hyperparameters
+from gradnorm_func._balance.guard import due
+from gradnorm_func._balance.protocol import Balancer, Goal, Job, Pass
+from gradnorm_func._core import tree
+from gradnorm_func._core.loss import MultiTaskLoss, StackedHeads, task_vector
+from gradnorm_func._measure.plan import Plan, plan_of
+from gradnorm_func._measure.seam import seam
+from gradnorm_func._measure.tape import no_graph
+from gradnorm_func._rotograd.balance import RotoGradInfo, balance, check_state
+from gradnorm_func._rotograd.crossing import Rotations, RotoGradFactors, RotoGradStats, factors_of
+from gradnorm_func._rotograd.settings import Hyper, RotoGradOptions, RotoGradState, hyperparameters
 
 
-def rotograd_init_state(
-    num_tasks: int,
-    rotation_shape: int | tuple[int, ...],
-    *,
-    rotations: Tensor | None = None,
-    initial_losses: Any = None,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    **hyper: Any,
-) -> RotoGradState:
-    r"""The state before the first step.
-
-    Args:
-        num_tasks: T, at least 2.
-        rotation_shape: as in `rotograd`.
-        rotations: (T, m, m) to start from, such as `random_rotations(T, m)`; None is the identity for all tasks.
-        initial_losses: L(0), T numbers or a pytree like the losses; None takes them from the first batch.
-        dtype: of the rotations and all that is computed from the gradients; the default dtype if None.
-        device: where the state lives.
-        **hyper: those of `rotograd`; what matters here is `scale`, `moving` and the optimizers.
-
-    Returns:
-        RotoGradState.
-
-    Raises:
-        ValueError: for fewer than two tasks, rotations of a wrong shape or not orthogonal, or bad hyperparameters.
-
-    Example:
-        >>> import gradnorm_func as gn
-        >>> gn.rotograd_init_state(3, 16).rotations.shape
-        torch.Size([3, 16, 16])
-    """
-    return _init(num_tasks, hyperparameters(rotation_shape, **hyper), rotations, initial_losses, dtype, device)
-
-
-def rotograd_balance(
-    state: RotoGradState, stats: RotoGradStats, *, mask: Any = None, update: bool | Tensor = True, **hyper: Any
-) -> tuple[RotoGradState, RotoGradInfo]:
-    r"""The rotations' step, and the weights', from what a pass or several merged ones have found.
-
-    Args:
-        state: from `rotograd_init_state`.
-        stats: from `rotograd_measure` or `rotograd_merge`.
-        mask, update: as in `rotograd_grad`.
-        **hyper: as in `rotograd`; `rotation_shape` is that of the state unless given.
-
-    Returns:
-        (state, info). If a loss or gradient of a present task is not finite, the state is the old one, all of it, and
-        `info.finite` is False.
-
-    Raises:
-        ValueError: as `rotograd` does.
-
-    Example:
-        >>> import torch, gradnorm_func as gn
-        >>> loss_fn = gn.multi_task_loss(lambda w, x: x * w, [lambda w, z, x: z[0, 0], lambda w, z, x: z[0, 1]])
-        >>> state = gn.rotograd_init_state(2, 2)
-        >>> stats = gn.rotograd_measure(state, torch.ones(2), loss_fn, torch.ones(1, 2))
-        >>> state, info = gn.rotograd_balance(state, stats)
-        >>> info.cosines
-        tensor([[1., 0.],
-                [0., 1.]])
-    """
-    return balanced(state, stats, bind(state, hyper), mask, update)
-
-
-def rotograd(rotation_shape: int | tuple[int, ...], **hyper: Any) -> Balancer:
+def rotograd(
+    rotation_shape: int | tuple[int, ...], **hyper: Unpack[RotoGradOptions]
+) -> Balancer[RotoGradState, RotoGradInfo]:
     r"""RotoGrad with its hyperparameters bound: rotate, scale, or both.
 
     Head k sees :math:`r_k = R_k z`. With :math:`g_k = \partial L_k / \partial z = R_k^\top \partial L_k/\partial r_k`
@@ -128,10 +65,12 @@ def rotograd(rotation_shape: int | tuple[int, ...], **hyper: Any) -> Balancer:
         weight_optimizer: of λ; None is Adam at 0.025.
         backbone_loss: `backbone_loss(params, z, batch) -> scalar`, a loss on the backbone alone, which is neither
             rotated nor scaled, but normalised if `normalize`.
+        every: rotations and weights move in every k-th step, as in `balancer`.
 
     Returns:
-        Balancer(init, update, grad, balance). `init(num_tasks, *, rotations=None, initial_losses=None, dtype=None,
-        device=None)`; `balance` takes RotoGradStats.
+        Balancer. Its `init` takes `rotations`, (T, m, m) to start from such as `random_rotations(T, m)`, the identity by
+        default; `initial_losses`, `dtype`, `device`. With `micro_batches` or `reduce` every part is run twice, for the
+        backbone's factors need the norms of the whole batch.
 
     Raises:
         ValueError: for hyperparameters out of range.
@@ -164,192 +103,77 @@ def rotograd(rotation_shape: int | tuple[int, ...], **hyper: Any) -> Balancer:
     ) -> RotoGradState:
         return _init(num_tasks, bound, rotations, initial_losses, dtype, device)
 
-    def measured(
-        state: RotoGradState, params: Any, loss_fn: LossFn, batch: Any, *, micro_batches: int | None, reduce: Any,
-        update: bool | Tensor, **options: Any,
-    ) -> tuple[RotoGradStats, Any]:  # fmt: skip
-        if micro_batches is None and reduce is None:
-            return run(state, params, loss_fn, batch, bound, moments=update is not False, **options)
-        check_state(state)
-        stats, aux = in_parts(state, params, loss_fn, split(batch, micro_batches), bound, reduce=reduce, **options)
-        return stats, aux[0] if micro_batches is None else aux
+    return Balancer(init, Rotating(bound), bound.every)
 
-    def grad(
-        state: RotoGradState, params: Any, loss_fn: LossFn, batch: Any, *, mask: Any = None,
-        update: bool | Tensor = True, micro_batches: int | None = None, reduce: Any = None, has_aux: bool = False,
-    ) -> Any:  # fmt: skip
-        stats, aux = measured(
-            state, params, loss_fn, batch,
-            micro_batches=micro_batches, reduce=reduce, update=update, mask=mask, has_aux=has_aux,
-        )  # fmt: skip
-        state, info = balanced(state, stats, bound, mask, update)
-        return (stats.grads, state, info, aux) if has_aux else (stats.grads, state, info)
 
-    def update(
-        state: RotoGradState, params: Any, loss_fn: LossFn, batch: Any, *, mask: Any = None,
-        update: bool | Tensor = True, micro_batches: int | None = None, reduce: Any = None, has_aux: bool = False,
-    ) -> Any:  # fmt: skip
+class Rotating(NamedTuple):
+    """How RotoGrad goes over a batch."""
+
+    hyper: Hyper
+
+    def known(self, state: RotoGradState, job: Job) -> None:
+        """Nothing: the trunk's factors come from this step's norms."""
         check_state(state)
-        if update is False and not has_aux:
-            return state
-        stats, aux = measured(
-            state, params, loss_fn, batch,
-            micro_batches=micro_batches, reduce=reduce, update=update, mask=mask, has_aux=has_aux, grads=False,
-        )  # fmt: skip
-        state, _ = balanced(state, stats, bound, mask, update)
-        return (state, aux) if has_aux else state
+
+    def measure(
+        self, state: RotoGradState, job: Job, batch: Any, goal: Goal, factors: Any, examples: float | None
+    ) -> Pass:
+        """One pass through the seam."""
+        # The weights of the plan only say whether gradients of the parameters are wanted.
+        weights = None if goal == "stats" else state.weights
+        _check_seam(state, job)
+        plan = plan_of(job.params, job.loss_fn, batch, None, weights, "norms", active=job.mask, **job.options)
+        self._check_heads(state, plan)
+        active = torch.ones_like(state.weights, dtype=torch.bool) if job.mask is None else job.mask
+        moves = due(state, self.hyper.every, job.update) is not False and goal != "second"
+        with no_graph():
+            measured = seam(
+                plan, lambda plan: Rotations(state, self.hyper, active, factors, moves, examples is not None, weights)
+            )
+        stats: RotoGradStats = measured.stats
+        if isinstance(stats.grads, list):
+            stats = stats._replace(grads=plan.params(stats.grads))
+        return Pass(stats._replace(num_examples=1.0 if examples is None else examples), measured.aux)
+
+    def decide(self, state: RotoGradState, stats: RotoGradStats, job: Job) -> tuple[RotoGradFactors, tuple[()]]:
+        """The factors of the whole; rotations are left to `balance`."""
+        active = torch.ones_like(state.weights, dtype=torch.bool) if job.mask is None else job.mask
+        with no_graph():
+            return factors_of(state, stats, active, self.hyper), ()
 
     def balance(
-        state: RotoGradState, stats: RotoGradStats, *, mask: Any = None, update: bool | Tensor = True
+        self, state: RotoGradState, stats: RotoGradStats, mask: Any, update: bool | Tensor
     ) -> tuple[RotoGradState, RotoGradInfo]:
-        return balanced(state, stats, bound, mask, update)
+        """The next rotations."""
+        return balance(state, stats, self.hyper, mask, update)
 
-    return Balancer(init, update, grad, balance)
-
-
-def rotograd_grad(
-    state: RotoGradState,
-    params: Any,
-    loss_fn: LossFn,
-    batch: Any,
-    *,
-    mask: Any = None,
-    update: bool | Tensor = True,
-    micro_batches: int | None = None,
-    reduce: Callable[[Any], Any] | None = None,
-    has_aux: bool = False,
-    **hyper: Any,
-) -> Any:
-    r"""What a training step needs, from one pass: the gradients of all parameters, and the new rotations.
-
-    The gradients are those at the rotations of the state, from before this step.
-
-    Args:
-        state: from `rotograd_init_state`.
-        params, batch, has_aux: as in `measure`.
-        loss_fn: a `multi_task_loss` with a backbone; its heads get R_k z for z.
-        mask: the tasks present in this batch, (T,) bool or a pytree like the losses. The others keep their rotations
-            and weights, and do not count in the mean.
-        update: False, or a 0-d bool tensor that is False, freezes the state.
-        micro_batches, reduce: as in `gradnorm_grad`. Every part is run twice then, for the backbone's factors need the
-            norms of the whole batch; `reduce` is applied to the RotoGradStats of the first run and to TaskStats that
-            hold the gradients of the second, both of which `gn.all_reduce` takes.
-        **hyper: as in `rotograd`; `rotation_shape` is that of the state unless given.
-
-    Returns:
-        (grads, state, info): gradients in the structure of params, the new RotoGradState, and RotoGradInfo.
-        With `has_aux`, (grads, state, info, aux).
-
-    Raises:
-        ValueError: for a loss_fn without a seam, a rotation_shape that does not fit z, a wrong number of tasks, a
-            state from other hyperparameters, and as `rotograd` does.
-
-    Example:
-        >>> import torch, gradnorm_func as gn
-        >>> loss_fn = gn.multi_task_loss(lambda w, x: x * w, [lambda w, z, x: z[0, 0], lambda w, z, x: 3 * z[0, 1]])
-        >>> grads, state, info = gn.rotograd_grad(
-        ...     gn.rotograd_init_state(2, 2), torch.ones(2), loss_fn, torch.ones(1, 2), scale="none")
-        >>> grads
-        tensor([1., 3.])
-    """
-    method = rotograd(hyper.pop("rotation_shape", _size(state)), **hyper)
-    return method.grad(
-        state, params, loss_fn, batch,
-        mask=mask, update=update, micro_batches=micro_batches, reduce=reduce, has_aux=has_aux,
-    )  # fmt: skip
+    def _check_heads(self, state: RotoGradState, plan: Plan) -> None:
+        loss, layout = plan.loss_fn, self.hyper.layout
+        assert isinstance(loss, MultiTaskLoss)
+        if layout.size != state.rotations.shape[-1]:
+            raise ValueError(
+                f"rotation_shape={layout.shape} has {layout.size} features, but the state's rotations are "
+                f"{tuple(state.rotations.shape[-2:])}: make the state with the init of the same gn.rotograd(...)"
+            )
+        params = plan.params(plan.leaves)
+        stacked = isinstance(loss.heads, StackedHeads)
+        heads = tree.flatten(tree.subtree(params, loss.heads.path))[0][0] if stacked else loss.functions
+        if len(heads) != state.rotations.shape[0]:
+            raise ValueError(
+                f"loss_fn has {len(heads)} heads, but the state was made for {state.rotations.shape[0]} tasks: "
+                f"init({len(heads)}) makes one for them"
+            )
 
 
-def rotograd_update(
-    state: RotoGradState,
-    params: Any,
-    loss_fn: LossFn,
-    batch: Any,
-    *,
-    mask: Any = None,
-    update: bool | Tensor = True,
-    micro_batches: int | None = None,
-    reduce: Callable[[Any], Any] | None = None,
-    has_aux: bool = False,
-    **hyper: Any,
-) -> Any:
-    r"""The new state alone, without the pass through the backbone.
-
-    Args:
-        As in `rotograd_grad`.
-
-    Returns:
-        RotoGradState; with `has_aux`, (state, aux).
-
-    Raises:
-        ValueError: as `rotograd_grad` does.
-
-    Example:
-        >>> import torch, gradnorm_func as gn
-        >>> loss_fn = gn.multi_task_loss(lambda w, x: x * w, [lambda w, z, x: z[0, 0], lambda w, z, x: 3 * z[0, 1]])
-        >>> int(gn.rotograd_update(gn.rotograd_init_state(2, 2), torch.ones(2), loss_fn, torch.ones(1, 2)).step)
-        1
-    """
-    method = rotograd(hyper.pop("rotation_shape", _size(state)), **hyper)
-    return method.update(
-        state, params, loss_fn, batch,
-        mask=mask, update=update, micro_batches=micro_batches, reduce=reduce, has_aux=has_aux,
-    )  # fmt: skip
-
-
-def rotograd_accumulate(
-    state: RotoGradState,
-    params: Any,
-    loss_fn: LossFn,
-    batches: Iterable[Any],
-    *,
-    exact: bool = True,
-    num_examples: Iterable[float] | None = None,
-    mask: Any = None,
-    update: bool | Tensor = True,
-    **hyper: Any,
-) -> tuple[Any, RotoGradState, RotoGradInfo]:
-    r"""One step from several micro-batches.
-
-    The rotations move as on the whole batch in either form, for their gradient is linear in the cross moments. The
-    backbone's factors f are not: `exact` takes them from the norms of the whole batch and runs every micro-batch a
-    second time; otherwise every micro-batch uses the factors of its own norms. Without scale (`scale="none"`) and
-    with the learned weights of "gradnorm" both are the same, but for `normalize` at the steps that take L(0).
-
-    Args:
-        state, params, loss_fn, mask, update: as in `rotograd_grad`.
-        batches: the micro-batches; losses must be means over examples.
-        exact: two passes; False is one.
-        num_examples: of each micro-batch, if they are not of one size.
-        **hyper: as in `rotograd_grad`.
-
-    Returns:
-        (grads, state, info), as `rotograd_grad` on the whole batch.
-
-    Raises:
-        ValueError: as `rotograd_grad` does, and for no micro-batches.
-
-    Example:
-        >>> import torch, gradnorm_func as gn
-        >>> loss_fn = gn.multi_task_loss(
-        ...     lambda w, x: x * w, [lambda w, z, x: z.sum(-1).mean(), lambda w, z, x: z.square().sum(-1).mean()]
-        ... )
-        >>> state, w, x = gn.rotograd_init_state(2, 3), torch.ones(3), torch.eye(3)
-        >>> whole = gn.rotograd_grad(state, w, loss_fn, x)
-        >>> parts = gn.rotograd_accumulate(state, w, loss_fn, [x[:1], x[1:]], num_examples=[1, 2])
-        >>> torch.allclose(whole[0], parts[0]), torch.allclose(whole[1].rotations, parts[1].rotations)
-        (True, True)
-    """
-    parts = list(batches)
-    counts = [1.0] * len(parts) if num_examples is None else list(num_examples)
-    bound = bind(state, hyper)
-    pairs = list(zip(parts, counts, strict=True))
-    stats, _ = in_parts(state, params, loss_fn, pairs, bound, mask=mask, exact=exact)
-    return (stats.grads, *balanced(state, stats, bound, mask, update))
-
-
-def _size(state: Any) -> int:
+def _check_seam(state: RotoGradState, job: Job) -> None:
     check_state(state)
-    return int(state.rotations.shape[-1])
+    loss = job.loss_fn
+    if not isinstance(loss, MultiTaskLoss) or loss.backbone is None:
+        kind = "a multi_task_loss without a backbone" if isinstance(loss, MultiTaskLoss) else type(loss).__name__
+        raise ValueError(
+            f"loss_fn is {kind}: rotations act on the representation z between backbone and heads, so give it as "
+            "gn.multi_task_loss(backbone, heads)"
+        )
 
 
 def _init(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from gradnorm_func._core import tree
 from gradnorm_func._core.loss import LossFn
+from gradnorm_func._core.numerics import cosines
 from gradnorm_func._core.tree import Where
 from gradnorm_func._measure.measure import as_tree, run_engine
-from gradnorm_func._measure.plan import full_precision
+from gradnorm_func._measure.plan import plan_of
 
 
 def task_grads(
@@ -45,11 +44,10 @@ def task_grads(
         tensor([[3., 4.],
                 [2., 4.]])
     """
-    measured = run_engine(
-        loss_fn, params, batch, where=where, task_grads=True,
-        has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size,
-    )  # fmt: skip
-    grads = as_tree(measured, params, where)
+    options = {"has_aux": has_aux, "vectorize": vectorize, "chunk_size": chunk_size}
+    plan = plan_of(params, loss_fn, batch, where, None, "norms", task_grads=True, **options)
+    measured = run_engine(plan)
+    grads = as_tree(plan, measured)
     return (measured.losses, grads, measured.aux) if has_aux else (measured.losses, grads)
 
 
@@ -81,10 +79,8 @@ def task_grad_norms(
         >>> gn.task_grad_norms(loss_fn, torch.ones(2), 2.0)
         tensor([10.,  0.])
     """
-    measured = run_engine(
-        loss_fn, params, batch, where=where, has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size
-    )
-    norms: Tensor = measured.grad_norms
+    options = {"has_aux": has_aux, "vectorize": vectorize, "chunk_size": chunk_size}
+    norms: Tensor = run_engine(plan_of(params, loss_fn, batch, where, None, "norms", **options)).stats.grad_norms
     return norms
 
 
@@ -117,11 +113,9 @@ def task_gramian(
         tensor([[1., 1.],
                 [1., 2.]])
     """
-    measured = run_engine(
-        loss_fn, params, batch, where=where, task_grads=True,
-        has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size,
-    )  # fmt: skip
-    return gramian_of(measured.task_grads)
+    options = {"has_aux": has_aux, "vectorize": vectorize, "chunk_size": chunk_size}
+    gramian: Tensor = run_engine(plan_of(params, loss_fn, batch, where, None, "gramian", **options)).stats.gramian
+    return gramian
 
 
 def task_cosine_similarity(
@@ -156,23 +150,4 @@ def task_cosine_similarity(
     gram = task_gramian(
         loss_fn, params, batch, where=where, has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size
     )
-    return cosines_of(gram)
-
-
-def gramian_of(task_grads: list[Tensor]) -> Tensor:
-    """(T, T) of leaves (T, ...), in at least float32."""
-    gram: Tensor | None = None
-    for leaf in task_grads:
-        rows = leaf.reshape(leaf.shape[0], -1).to(torch.promote_types(leaf.dtype, torch.float32))
-        with full_precision(rows):
-            gram = rows @ rows.mT if gram is None else gram + rows @ rows.mT
-    assert gram is not None
-    return gram
-
-
-def cosines_of(gram: Tensor) -> Tensor:
-    """(T, T) in [-1, 1]; 0 in the row and column of a gradient that is exactly zero."""
-    norms = tree.safe_sqrt(gram.diagonal())
-    scale = torch.where(norms > 0, 1 / torch.where(norms > 0, norms, 1.0), 0.0)
-    # Rounding must not make a cosine of more than 1.
-    return (gram * scale[:, None] * scale[None, :]).clamp(-1, 1)
+    return cosines(gram)

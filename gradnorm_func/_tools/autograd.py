@@ -1,34 +1,25 @@
-"""Bridges to models under plain autograd: DDP, FSDP2, compiled, checkpointed, all that torch.func is not for.
+"""Plain autograd: models that are not functions of their parameters. DDP, FSDP2, compiled, checkpointed, a Trainer.
 
 Such a wrapper does its work (all-reduce, reduce-scatter, recomputation) in hooks of the autograd graph, which
-torch.func does not run. But a balancer needs T numbers only, so that nothing else has to leave autograd.
-
-- `fork` and `measure_losses`: trunk and heads are ordinary modules, wrapped or not. One copy of z for each task makes
-  every ∂L_i/∂z separate, and the step remains the caller's own `backward`. The way to go by default: nothing is asked
-  of the heads, so their gradients are synchronised as well, and a GradScaler, Accelerate or Lightning may own the
-  backward pass.
-- `measure_from` and `backward_from`: the trunk is a wrapped module, the heads are those of a `multi_task_loss`, and all
-  that the engines can do (stacked heads, the Gram identity, one compiled graph) is done from z upwards.
+torch.func does not run. But a balancer needs T numbers only, so that nothing else has to leave autograd: one copy of z
+for each task makes every ∂L_i/∂z separate, and the step remains the caller's own `backward`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from gradnorm_func._core import tree
-from gradnorm_func._core.loss import LossFn, MultiTaskLoss, task_names, task_vector, wrong_count
-from gradnorm_func._core.tree import Where
-from gradnorm_func._measure.measure import measure
-from gradnorm_func._measure.plan import row_norms
-from gradnorm_func._measure.seam import _norms_at_z, _unweighted
+from gradnorm_func._core.loss import task_names, task_vector, wrong_count
+from gradnorm_func._core.numerics import diagonal, promoted, row_norms, safe_sqrt
+from gradnorm_func._measure.norms import norms_by_example
 from gradnorm_func._measure.sharded import sharded, whole
-from gradnorm_func._reduce.stats import TaskStats
-
-_Z = "(z)"  # the path of z among the parameters of the heads
+from gradnorm_func._measure.tape import inside_transform
+from gradnorm_func._reduce.stats import TaskStats, gramian_of
 
 
 class _Fork(torch.autograd.Function):
@@ -80,7 +71,7 @@ def fork(z: Any, tasks: int | Mapping[str, Any] | Sequence[Any]) -> Any:
         raise ValueError(f"tasks={tasks!r} makes {count} copies; balancing needs at least two tasks")
     leaves, treedef = tree.flatten(z)
     by_leaf = [_Fork.apply(leaf, count) for leaf in leaves]  # type: ignore[no-untyped-call]
-    if not tree.inside_transform():
+    if not inside_transform():
         for copy in (copy for row in by_leaf for copy in row if copy.requires_grad):
             copy.retain_grad()
     copies = [tree.unflatten(treedef, [row[i] for row in by_leaf]) for i in range(count)]
@@ -94,6 +85,7 @@ def measure_losses(
     *,
     where: Any = None,
     weights: Tensor | None = None,
+    needs: Literal["norms", "gramian"] = "norms",
     scale: float | Tensor = 1.0,
     num_examples: float | Tensor = 1.0,
 ) -> TaskStats:
@@ -120,6 +112,7 @@ def measure_losses(
             differentiated on its own. Not the parameters of an FSDP2 module, for the graph does not end at those.
         weights: (T,) w_i, if (scale · Σ w_i L_i).backward() was called already; copies only. A task of weight 0 has
             the norm NaN.
+        needs: "norms", or "gramian", which has the norms on its diagonal.
         scale: what else that sum was multiplied with: `share`, or a GradScaler's scale. Without `weights`, a factor
             against underflow. The result is free of it.
         num_examples: as in `measure`.
@@ -143,7 +136,7 @@ def measure_losses(
     """
     if (copies is None) == (where is None):
         raise ValueError("give either copies (of z, from gn.fork) or where (parameters), the place of the norms")
-    if tree.inside_transform():
+    if inside_transform():
         raise ValueError("measure_losses runs autograd, which torch.func does not see: use gn.measure inside of it")
     vector = whole(task_vector(losses))
     if not vector.requires_grad:
@@ -158,7 +151,7 @@ def measure_losses(
         seeds = seeds * weights.detach().to(vector)
     stats = TaskStats(losses=vector.detach(), num_examples=torch.as_tensor(num_examples))
     if where is not None:
-        return _at_parameters(stats, losses, where, constant)
+        return _at_parameters(stats, losses, where, constant, needs)
     tasks = [tree.flatten(copy)[0] for copy in _checked(copies, losses, vector.shape[0])]
     flat = [leaf for leaves in tasks for leaf in leaves]
     if weights is not None:
@@ -180,117 +173,15 @@ def measure_losses(
             )
     filled = [whole(torch.zeros_like(x) if g is None else g) for x, g in zip(flat, found, strict=True)]
     width = len(tasks[0])
-    norms, example_norms = _norms_at_z([filled[k::width] for k in range(width)])
-    size = seeds.detach().abs()
-    return stats._replace(grad_norms=_unweighted(norms, size), example_norms=_unweighted(example_norms, size))
-
-
-def measure_from(
-    z: Any,
-    params: Mapping[str, Any],
-    loss_fn: LossFn,
-    batch: Any,
-    *,
-    weights: Tensor | None = None,
-    where: Where = None,
-    **keywords: Any,
-) -> Any:
-    r"""`measure` from z upwards: the heads as functions, on a z that any module computed under plain autograd.
-
-    ::
-
-        z = backbone(batch["x"])                                            # DDP, FSDP2, compiled, checkpointed
-        stats, cotangent = gn.measure_from(z, params, loss_fn, batch, weights=state.weights, num_examples=n)
-        stats = reduce(stats)                                               # the mean over ranks; `grads` with it
-        state, info = balancer.balance(state, stats)
-        gn.backward_from(z, cotangent, scale=n * num_ranks / stats.num_examples)
-        gn.write_grads(params, stats.grads)
-
-    A balancer whose weights are those of the same step (`fixed_ratio`) calls it twice: without `weights` for the stats,
-    then with `weights=info.weights, norms=False`. Both times only the heads run.
-
-    Args:
-        z: a tensor or pytree of tensors, with its graph. Where `loss_fn` has a `last_shared`, what goes into it.
-        params: dict of what the heads and `last_shared` read.
-        loss_fn: a `multi_task_loss`. Its backbone is not called.
-        batch, weights, where: as in `measure`; W are parameters in `params`, or z.
-        keywords: the other ones of `measure`.
-
-    Returns:
-        (stats, cotangent): TaskStats with `grads` in the structure of params, and Σ w_i ∂L_i/∂z of this batch in the
-        structure and dtypes of z, `()` without weights. With `has_aux`, (stats, cotangent, aux). Nothing is written:
-        if `info.finite` is False, leave `backward_from` and the optimizer's step out.
-
-    Raises:
-        ValueError: for a z without a graph or from inside a torch.func transform, a loss without a seam, params that
-            are no dict; and as `measure` does.
-
-    Example:
-        >>> import torch, gradnorm_func as gn
-        >>> backbone = torch.nn.Linear(3, 2)
-        >>> loss_fn = gn.multi_task_loss(
-        ...     lambda params, batch: backbone(batch),
-        ...     [lambda params, z, batch: (z @ params["a"]).mean(), lambda params, z, batch: 5 * z.sum()],
-        ... )
-        >>> z = backbone(torch.ones(1, 3))
-        >>> stats, cotangent = gn.measure_from(z, {"a": torch.ones(2)}, loss_fn, None, weights=torch.ones(2))
-        >>> gn.backward_from(z, cotangent)
-        >>> backbone.bias.grad
-        tensor([6., 6.])
-    """
-    if not isinstance(loss_fn, MultiTaskLoss) or loss_fn.backbone is None:
-        raise ValueError("measure_from needs a loss with a seam: gn.multi_task_loss(backbone, heads), with a backbone")
-    if not isinstance(params, Mapping):
-        raise ValueError(f"params={type(params).__name__} must be a dict of what the heads read, by path")
-    leaves = tree.flatten(z)[0]
-    if not torch.compiler.is_compiling() and tree.inside_transform():
-        raise ValueError("z is inside a torch.func transform, where backward() does not work: use gn.measure")
-    if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
-        raise ValueError("z has no graph: was the backbone run under no_grad? If it is frozen, gn.measure is enough")
-    given = MultiTaskLoss(
-        (lambda p, batch: (p[_Z], ())) if loss_fn.has_aux else (lambda p, batch: p[_Z]),
-        loss_fn.heads, loss_fn.last_shared, loss_fn.has_aux,
-    )  # fmt: skip
-    if not torch.compiler.is_compiling():  # which neither needs nor traces it
-        given.ownership = loss_fn.ownership  # a memo by structure of params, which _Z makes another one
-    heads_only = (lambda path: path.split(".")[0] != _Z and where(path)) if callable(where) else where
-    out = measure({**params, _Z: z}, given, batch, weights=weights, where=heads_only, **keywords)
-    stats, aux = out if loss_fn.has_aux else (out, ())
-    cotangent: Any = ()
-    if weights is not None:
-        cotangent = stats.grads[_Z]
-        stats = stats._replace(grads={name: stats.grads[name] for name in params})
-    return (stats, cotangent, aux) if loss_fn.has_aux else (stats, cotangent)
-
-
-def backward_from(z: Any, cotangent: Any, *, scale: float | Tensor = 1.0) -> None:
-    r"""Carries a gradient at z on into the module that computed it, whose parameters get their `.grad`.
-
-    Args:
-        z: as given to `measure_from`.
-        cotangent: from there.
-        scale: DDP and FSDP2 average over the R ranks, so with batches of different sizes n_r it is R n_r / Σ n_r; with
-            micro-batches, n_r is the size of this one and the sum goes over them all.
-
-    Raises:
-        ValueError: for a cotangent that is `()`, or not in the structure of z.
-
-    Example:
-        >>> import torch, gradnorm_func as gn
-        >>> x = torch.ones(2, requires_grad=True)
-        >>> gn.backward_from({"a": 3 * x, "b": torch.ones(1)}, {"a": torch.ones(2), "b": torch.ones(1)}, scale=2.0)
-        >>> x.grad
-        tensor([6., 6.])
-    """
-    leaves, treedef = tree.flatten(z)
-    grads, grad_treedef = tree.flatten(cotangent)
-    if treedef != grad_treedef:
-        raise ValueError(
-            "cotangent does not have the structure of z: it is the second result of measure_from(..., weights=w), "
-            "and () without weights"
-        )
-    pairs = [(leaf, scale * grad) for leaf, grad in zip(leaves, grads, strict=True) if leaf.requires_grad]
-    torch.autograd.backward([leaf for leaf, _ in pairs], [grad.to(leaf.dtype) for leaf, grad in pairs])
+    z_grads = [filled[k::width] for k in range(width)]  # of each leaf of z, those of the T copies
+    size = promoted(seeds.detach()).abs()
+    if needs == "gramian":
+        gramian = gramian_of([torch.stack(leaf) for leaf in z_grads]) / (size[:, None] * size)
+        squares = diagonal(gramian)
+        return stats._replace(grad_norms=safe_sqrt(squares), square_norms=squares, gramian=gramian)
+    norms, example_norms = norms_by_example(z_grads)
+    norms = norms / size  # NaN for a weight of 0
+    return stats._replace(grad_norms=norms, example_norms=example_norms / size, square_norms=norms.square())
 
 
 def _checked(copies: Any, losses: Any, count: int) -> list[Any]:
@@ -306,7 +197,7 @@ def _checked(copies: Any, losses: Any, count: int) -> list[Any]:
     return list(copies)
 
 
-def _at_parameters(stats: TaskStats, losses: Any, where: Any, scale: Tensor) -> TaskStats:
+def _at_parameters(stats: TaskStats, losses: Any, where: Any, scale: Tensor, needs: str) -> TaskStats:
     """One task after the other: each pass goes through its own head and what lies between that and W."""
     terms = [whole(loss) for loss in (losses.unbind() if isinstance(losses, Tensor) else tree.flatten(losses)[0])]
     leaves, treedef = tree.flatten(where)
@@ -326,4 +217,5 @@ def _at_parameters(stats: TaskStats, losses: Any, where: Any, scale: Tensor) -> 
     for k, leaf in enumerate(leaves):
         column = [torch.zeros_like(leaf) if grad is None else grad for grad in (row[k] for row in rows)]
         filled.append(torch.stack([whole(grad) / scale for grad in column]))
-    return stats._replace(grad_norms=row_norms(filled), task_grads=tree.unflatten(treedef, filled))
+    gramian = gramian_of(filled) if needs == "gramian" else ()
+    return stats._replace(grad_norms=row_norms(filled), gramian=gramian, task_grads=tree.unflatten(treedef, filled))

@@ -170,7 +170,7 @@ def log_dict(info: Any, names: Any = None, *, prefix: str = "") -> dict[str, Ten
 
     Example:
         >>> import torch, gradnorm_func as gn
-        >>> _, info = gn.balance(gn.init_state(2), gn.TaskStats({"a": 1.0, "b": 2.0}, {"a": 3.0, "b": 1.0}))
+        >>> _, info = gn.gradnorm_balance(gn.init_state(2), gn.TaskStats({"a": 1.0, "b": 2.0}, {"a": 3.0, "b": 1.0}))
         >>> gn.log_dict(info, ["a", "b"])["grad_norms/a"]
         tensor(3.)
     """
@@ -208,7 +208,7 @@ def check_finite(info: Any, names: Any = None) -> None:
 
     Example:
         >>> import torch, gradnorm_func as gn
-        >>> _, info = gn.balance(gn.init_state(2), gn.TaskStats([1.0, float("nan")], [1.0, 1.0]))
+        >>> _, info = gn.gradnorm_balance(gn.init_state(2), gn.TaskStats([1.0, float("nan")], [1.0, 1.0]))
         >>> gn.check_finite(info, ["depth", "seg"])
         Traceback (most recent call last):
         FloatingPointError: the loss of 'seg' is not finite: ...

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import LossFn, task_names
+from gradnorm_func._core.numerics import cosines, row_norms
 from gradnorm_func._core.tree import Where
 from gradnorm_func._measure.measure import run_engine
-from gradnorm_func._measure.plan import row_norms
-from gradnorm_func._tools.analysis import cosines_of, gramian_of
+from gradnorm_func._measure.plan import plan_of
+from gradnorm_func._reduce.stats import gramian_of
 
 MOST_COLUMNS = 10  # of tasks in a printed table
 
@@ -74,13 +75,11 @@ def layer_analysis(
         head     6     .
         last layer that every task reaches: trunk
     """
-    at = where if where is not None else lambda path: True
-    measured = run_engine(
-        loss_fn, params, batch, where=at, task_grads=True,
-        has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size,
-    )  # fmt: skip
-    names, chosen = tree.paths(params), tree.select(params, at)
-    grads = dict(zip(chosen, measured.task_grads, strict=True))
+    options = {"has_aux": has_aux, "vectorize": vectorize, "chunk_size": chunk_size}
+    everywhere = where if where is not None else lambda path: True
+    plan = plan_of(params, loss_fn, batch, everywhere, None, "norms", task_grads=True, **options)
+    measured, names = run_engine(plan), tree.paths(params)
+    grads = dict(zip(plan.where or [], measured.stats.task_grads, strict=True))
     layers: dict[str, list[Tensor]] = {}
     for index in _defined_order(params):
         if index in grads:
@@ -89,7 +88,7 @@ def layer_analysis(
     return LayerReport(
         measured.losses,
         {layer: row_norms(leaves) for layer, leaves in layers.items()},
-        {layer: cosines_of(gramian_of(leaves)) for layer, leaves in layers.items()},
+        {layer: cosines(gramian_of(leaves)) for layer, leaves in layers.items()},
     )
 
 

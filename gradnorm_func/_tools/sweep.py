@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._balance.gradnorm import gradnorm
-from gradnorm_func._balance.protocol import Balancer, choose
+from gradnorm_func._balance.protocol import Balancer
 from gradnorm_func._core import optim, tree
 from gradnorm_func._core.loss import LossFn, task_vector
+from gradnorm_func._core.numerics import choose
 from gradnorm_func._tools.train import _bar, compiled
 
 Grid = Mapping[str, Sequence[float]] | Sequence[Mapping[str, float]]

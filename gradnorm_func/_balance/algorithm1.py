@@ -1,0 +1,143 @@
+"""Algorithm 1 of GradNorm (Chen et al., ICML 2018): four steps, on T numbers."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradnorm_func._balance.seen import Seen
+from gradnorm_func._core import optim, tree
+from gradnorm_func._core.loss import task_vector
+from gradnorm_func._measure.plan import Needs
+
+
+class GradNormState(NamedTuple):
+    """All that the next step needs, and nothing else."""
+
+    weights: Tensor  # (T,) w_i > 0
+    initial_losses: Tensor  # (T,) L_i(0); NaN until the task has been seen
+    step: Tensor  # () int64: updates so far
+    weight_sum: Tensor  # () what the weights are conserved to
+    moments: Any  # state of the weights' optimizer
+
+
+class GradNormInfo(NamedTuple):
+    """What one would log of a step; all taken before the weights moved."""
+
+    losses: Tensor  # (T,) L_i
+    weights: Tensor  # (T,) w_i of this step's total loss
+    grad_norms: Tensor  # (T,) ‖∇_W L_i‖, unweighted, so G_i = weights * grad_norms; exactly 0 hints at a wrong W
+    targets: Tensor  # (T,) what G_i should be
+    inverse_rates: Tensor  # (T,) r_i
+    balance_loss: Tensor  # () Σ |G_i - target_i|
+    total_loss: Tensor  # () Σ w_i L_i
+    finite: Tensor  # () bool: False means that the state was left as it was
+
+
+class Algorithm1(NamedTuple):
+    """The paper's algorithm, its hyperparameters bound. `step` is its page; masks and guards are elsewhere."""
+
+    alpha: float | Tensor
+    optimizer: optim.Optimizer
+    norm_ratios: Any
+    log_space: bool
+    floor: float | Tensor
+    burn_in: int | Tensor | None
+    initial_decay: float | Tensor
+    every: int
+    needs: Needs = "norms"
+
+    def step(self, state: GradNormState, seen: Seen) -> tuple[GradNormState, GradNormInfo]:
+        """Inverse rates, targets, gradient, renormalisation."""
+        w = state.weights
+        initial_losses, rates = self.inverse_rates(state, seen)  # r_i = L̃_i / mean_j L̃_j, L̃_i = L_i / L_i(0)
+        norms = w * seen.norms  # G_i = w_i ‖∇_W L_i‖
+        targets = self.targets(norms, rates, seen)  # mean_j G_j · r_i^α
+        gaps = norms - targets
+        grad = gaps.sign() * seen.norms  # ∂/∂w_i of L_grad = Σ_i |G_i − target_i|, the targets being constant
+        moved, moments = self.descended(state, grad, seen)
+        moved = self.renormalised(state, moved, seen)  # Σ w_i as it was
+        new = GradNormState(moved, initial_losses, state.step, state.weight_sum, moments)
+        return new, _info(seen, w, targets, rates, gaps)
+
+    def inverse_rates(self, state: GradNormState, seen: Seen) -> tuple[Tensor, Tensor]:
+        """L(0), of a task's first loss that is not 0, and r. With α = 0 rates are only reported."""
+        losses = seen.losses
+        unset = state.initial_losses.isnan()
+        if self.burn_in is not None:
+            unset = unset | (state.step == self.burn_in)
+        initial = state.initial_losses
+        if isinstance(self.initial_decay, Tensor) or self.initial_decay != 1:
+            decay = torch.as_tensor(self.initial_decay, dtype=losses.dtype, device=losses.device)
+            initial = torch.lerp(losses, initial, decay)
+        usable = seen.where(losses.isfinite() & (losses != 0))
+        initial = torch.where(usable, torch.where(unset, losses, initial), state.initial_losses)
+        ratios = torch.where(initial.isnan(), 1.0, losses / initial)
+        mean = seen.mean(ratios)
+        solved = mean == 0
+        return initial, torch.where(solved, 1.0, ratios / torch.where(solved, 1.0, mean))
+
+    def targets(self, norms: Tensor, rates: Tensor, seen: Seen) -> Tensor:
+        """(T,) what the norms of the weighted gradients should be."""
+        targets = seen.mean(norms) * force(rates, self.alpha)
+        if self.norm_ratios is None:
+            return targets
+        ratios = _ratios(self.norm_ratios, norms)
+        return targets * ratios / seen.mean(ratios)
+
+    def descended(self, state: GradNormState, grad: Tensor, seen: Seen) -> tuple[Tensor, Any]:
+        """The weights one step of their optimizer further, and its moments."""
+        w = state.weights
+        if seen.mask is not None:
+            grad = torch.where(seen.mask, grad, 0.0)
+        if not self.log_space:
+            step, moments = self.optimizer.update(grad, state.moments, w)
+            return w + step, moments
+        step, moments = self.optimizer.update(w * grad, state.moments, w.log())
+        # w exp(step), scaled in one: however large the step, it does not overflow.
+        return state.weight_sum * seen.softmax(w.log() + step), moments
+
+    def renormalised(self, state: GradNormState, moved: Tensor, seen: Seen) -> Tensor:
+        """Above the floor, and with the sum that the weights of the present tasks had."""
+        moved = torch.maximum(moved, self.floor * state.weight_sum / moved.shape[0])
+        budget = state.weight_sum if seen.mask is None else seen.sum(state.weights)
+        return moved * (budget / seen.sum(moved))
+
+    def report(self, state: GradNormState, seen: Seen) -> GradNormInfo:
+        """What a step would have aimed at, had its norms been measured."""
+        _, rates = self.inverse_rates(state, seen)
+        norms = state.weights * seen.norms
+        targets = self.targets(norms, rates, seen)
+        return _info(seen, state.weights, targets, rates, norms - targets)
+
+    def check(self, state: GradNormState) -> None:
+        """Refuses a state of another balancer or optimizer."""
+        if not isinstance(state, GradNormState):
+            raise ValueError(f"state is a {type(state).__name__}, not a GradNormState: make one with gn.init_state(T)")
+        optim.check_moments(self.optimizer, state.weights, state.moments)
+
+
+def _info(seen: Seen, weights: Tensor, targets: Tensor, rates: Tensor, gaps: Tensor) -> GradNormInfo:
+    total, balance_loss = seen.sum(weights * seen.losses), seen.sum(gaps.abs())
+    return GradNormInfo(seen.losses, weights, seen.norms, targets, rates, balance_loss, total, seen.finite(seen.losses))
+
+
+def force(rates: Tensor, alpha: float | Tensor) -> Tensor:
+    """r^α; with α = 0 it is 1 whatever r, which may be negative or NaN then."""
+    if isinstance(alpha, Tensor):
+        zero = alpha == 0
+        return torch.where(zero, 1.0, torch.where(zero, 1.0, rates) ** alpha.to(rates.dtype))
+    return torch.ones_like(rates) if alpha == 0 else rates**alpha
+
+
+def _ratios(norm_ratios: Any, weights: Tensor) -> Tensor:
+    rho = task_vector(norm_ratios, "norm_ratios", weights.dtype).to(weights)
+    if rho.shape != weights.shape:
+        raise ValueError(f"norm_ratios has {rho.shape[0]} entries, but there are {weights.shape[0]} tasks")
+    if not isinstance(norm_ratios, Tensor) and not all(
+        isinstance(x, Tensor) or x > 0 for x in tree.flatten(norm_ratios)[0]
+    ):
+        raise ValueError(f"norm_ratios={norm_ratios!r} must be positive")
+    return rho

@@ -1,0 +1,87 @@
+"""Arithmetic that all rooms share: accumulation dtypes, safe roots, norms of rows, a choice without a branch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+from typing import Any, TypeVar
+
+import optree
+import torch
+from torch import Tensor
+
+Tree = TypeVar("Tree")
+
+
+def full_precision(like: Tensor) -> AbstractContextManager[Any]:
+    """Without the autocast that may surround us, on the device of `like`.
+
+    A backward pass takes its dtypes from the forward pass, and our own sums are not the user's to round.
+    """
+    kind = like.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # torch 2.10 does not trace is_autocast_available
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+def accum_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype to add up in: the widest of the tensors', but at least float32."""
+    return reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
+
+
+def promoted(x: Tensor) -> Tensor:
+    """x in the dtype to add up in."""
+    return x.to(accum_dtype(x))
+
+
+def choose(ok: Tensor, new: Tree, old: Tree) -> Tree:
+    """`new` where ok, else `old`, leaf by leaf and without asking the device."""
+    return optree.tree_map(lambda a, b: torch.where(ok, a, b), new, old)  # type: ignore[arg-type, return-value]
+
+
+def column(x: Tensor, like: Tensor) -> Tensor:
+    """x (T,) or (T, T), shaped to multiply what has more axes behind those."""
+    return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))
+
+
+def safe_sqrt(square: Tensor) -> Tensor:
+    """Square root whose derivative at 0 is 0, not NaN. What is NaN stays so."""
+    positive = ~(square <= 0)
+    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
+
+
+def safe_inverse(x: Tensor) -> Tensor:
+    """1 / x where x > 0, and 0 elsewhere."""
+    return torch.where(x > 0, 1 / torch.where(x > 0, x, 1.0), 0.0)
+
+
+def diagonal(gramian: Tensor) -> Tensor:
+    """(T,) of (T, T); Inductor warns of the operator of this name in torch 2.13."""
+    return gramian.reshape(-1)[:: gramian.shape[-1] + 1]
+
+
+def square_norms(leaves: Iterable[Tensor]) -> Tensor:
+    """(T,) sums of squares over all leaves (T, ...), in float32 at least."""
+    total: Tensor | None = None
+    for leaf in map(promoted, leaves):
+        square = leaf.flatten(1).square().sum(-1) if leaf.ndim > 1 else leaf.square()
+        total = square if total is None else total + square
+    if total is None:
+        raise ValueError("a norm of no tensors")
+    return total
+
+
+def row_norms(leaves: Sequence[Tensor]) -> Tensor:
+    """(T,) norms over all leaves (T, ...), accumulated in float32 at least."""
+    dtype = accum_dtype(*leaves)
+    parts = [torch.linalg.vector_norm(leaf.reshape(leaf.shape[0], -1), dim=1, dtype=dtype) for leaf in leaves]
+    norms: Tensor = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0)
+    return norms
+
+
+def cosines(gramian: Tensor) -> Tensor:
+    """(T, T) in [-1, 1]; 0 in the row and column of a gradient that is exactly zero."""
+    inverse = safe_inverse(safe_sqrt(diagonal(gramian)))
+    # Rounding must not make a cosine of more than 1.
+    return (gramian * inverse[:, None] * inverse[None, :]).clamp(-1, 1)
