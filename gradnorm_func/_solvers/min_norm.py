@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradnorm_func._core.numerics import diagonal
+from gradnorm_func._core.numerics import diagonal, safe_sqrt
 from gradnorm_func._solvers.nnls import nnls
 
 
 def min_norm(gramian: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     r"""argmin of :math:`w^\top G w` over the simplex, and its Frank-Wolfe gap relative to the mean of the diagonal.
 
-    The minimiser of :math:`\tfrac12 w^\top (G + 1 1^\top) w - 1^\top w` over w >= 0 is a multiple of it. What is not
+    With :math:`v_i = w_i \|g_i\|`, cosines C and :math:`a_i \propto 1 / \|g_i\|`, the minimiser of
+    :math:`\tfrac12 v^\top (C + a a^\top) v - a^\top v` over v >= 0 is a multiple of it: in these units vectors of very
+    different lengths are all of order 1, and the shortest of them, which decides, is not lost in rounding. What is not
     active, (T,) bool, has a row and column of the identity and no part in the right-hand side: its weight is 0.
     """
     dtype = gramian.dtype
@@ -23,7 +25,10 @@ def min_norm(gramian: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     if gramian.shape[0] == 2:
         weights = _closed_form(scaled, ones)
     else:
-        weights = nnls(scaled + ones[:, None] * ones, ones)
+        length = torch.where(active, safe_sqrt(diagonal(scaled)), 1.0).clamp(min=1e-100)
+        inverse = torch.where(active, torch.where(active, length, torch.inf).min() / length, 0.0)
+        cosines = scaled / (length[:, None] * length)
+        weights = nnls(cosines + inverse[:, None] * inverse, inverse) * inverse
     total = weights.sum()
     weights = weights / torch.where(total > 0, total, 1.0)
     slopes = scaled @ weights
