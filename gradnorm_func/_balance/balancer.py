@@ -34,7 +34,7 @@ class Info(NamedTuple):
     grad_norms: Tensor  # (T,) ‖∇_W L_i‖, unweighted; NaN where they were not measured
     total_loss: Tensor  # () Σ w_i L_i
     memory: Any  # what the rule remembers after this step
-    finite: Tensor  # () bool: False means that the state was left as it was
+    finite: Tensor = ()  # type: ignore[assignment]  # () bool, by the guard: False if the state was left as it was
 
 
 # (state, seen) -> (weights (T,), what to remember)
@@ -146,8 +146,7 @@ class Simple(NamedTuple):
         return self._info(state, seen, state.weights, state.memory)
 
     def _info(self, state: State, seen: Seen, weights: Tensor, memory: Any) -> Info:
-        total = seen.sum(weights * seen.losses)
-        return Info(seen.losses, weights, seen.norms, total, memory, seen.finite(seen.losses))
+        return Info(seen.losses, weights, seen.norms, seen.dot(weights, seen.losses), memory)
 
 
 def check_every(every: int) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 from gradnorm_func._balance.seen import Seen, mask_vector, seen_of, without_absent
 from gradnorm_func._core import tree
 from gradnorm_func._core.numerics import choose, column
+from gradnorm_func._core.tracing import free_to_ask, no_graph
 from gradnorm_func._measure.plan import Needs
-from gradnorm_func._measure.tape import no_graph, traced
 from gradnorm_func._reduce.stats import TaskStats, present
 
 
@@ -87,14 +87,14 @@ class Guarded(NamedTuple, Generic[S, I]):
             turn = due(state, method.every, update)
             if turn is False:
                 info: I = method.report(state, seen)
-                new, ok = state, info.finite
+                new, ok = state, raw.finite(raw.losses)
             else:
                 self._require(stats)
                 new, info = method.step(state, seen)
                 ok = raw.finite(*([raw.losses] if method.needs == "losses" else [raw.losses, raw.norms]), new.weights)
                 if isinstance(turn, Tensor):  # a step whose turn it is not needs finite losses only
                     unmeasured = seen._replace(norms=torch.full_like(seen.norms, torch.nan))
-                    ok = torch.where(turn, ok, seen.finite(raw.losses))
+                    ok = torch.where(turn, ok, raw.finite(raw.losses))
                     info = choose(turn, info, method.report(state, unmeasured))
             info = info._replace(finite=ok)
             if active is not None:
@@ -104,7 +104,7 @@ class Guarded(NamedTuple, Generic[S, I]):
             ok = accepted(ok, active, update)
             if info.weights is not state.weights:  # a step that is refused is made with the old weights
                 applied = torch.where(ok if turn is True else ok & turn, info.weights, state.weights)
-                info = info._replace(weights=applied, total_loss=seen.sum(applied * seen.losses))
+                info = info._replace(weights=applied, total_loss=seen.dot(applied, seen.losses))
             return settled(new, state, ok, turn, active), info
 
     def _require(self, stats: TaskStats) -> None:
@@ -121,7 +121,7 @@ def due(state: BalancerState, every: int, update: bool | Tensor) -> bool | Tenso
     if update is False or every == 1:
         return update is not False
     turn = state.step % every == 0
-    return turn if traced() or turn.device.type != "cpu" else bool(turn)
+    return bool(turn) if free_to_ask(turn) else turn
 
 
 def accepted(finite: Tensor, active: Tensor | None, update: bool | Tensor) -> Tensor:
@@ -134,13 +134,9 @@ def settled(new: S, old: S, ok: Tensor, turn: bool | Tensor, active: Tensor | No
     """The new state with its step counted, absent tasks as they were; the old one, all of it, if it is refused."""
     if active is not None and new is not old:
         new = _without_absent(active, new, old)
-    moves = ok if isinstance(turn, bool) else ok & turn
-    return _chosen(moves, new, old)._replace(step=torch.where(ok, old.step + 1, old.step))
-
-
-def _chosen(ok: Tensor, new: S, old: S) -> S:
-    """`choose`, but for leaves that are the same in both."""
-    return tree.tree_map(lambda a, b: a if a is b else torch.where(ok, a, b), new, old)  # type: ignore[no-any-return]
+    if isinstance(turn, Tensor):
+        new = choose(turn, new, old)
+    return choose(ok, new._replace(step=old.step + 1), old)
 
 
 def _without_absent(active: Tensor, new: S, old: S) -> S:

@@ -17,7 +17,7 @@ from gradnorm_func._balance.seen import Seen
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import MultiTaskLoss
 from gradnorm_func._core.numerics import square_norms
-from gradnorm_func._measure.tape import inside_transform
+from gradnorm_func._core.tracing import inside_transform
 
 Residuals = Mapping[str, Callable[[Any, Any], Tensor]]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import task_vector, wrong_count
-from gradnorm_func._measure.tape import constant
+from gradnorm_func._core.tracing import constant
 from gradnorm_func._reduce.stats import TaskStats, present
 
 
@@ -41,6 +41,10 @@ class Seen(NamedTuple):
         """Over the tasks that are present; of the others x may be anything."""
         return x.sum() if self.mask is None else torch.where(self.mask, x, 0.0).sum()
 
+    def dot(self, x: Tensor, y: Tensor) -> Tensor:
+        """Σ x_i y_i over the tasks that are present."""
+        return torch.dot(x, y) if self.mask is None else self.sum(x * y)
+
     def mean(self, x: Tensor) -> Tensor:
         """Over the tasks that are present."""
         return x.mean() if self.mask is None else self.sum(x) / self.mask.sum().clamp(min=1)
@@ -55,7 +59,7 @@ class Seen(NamedTuple):
 
     def finite(self, *rows: Tensor) -> Tensor:
         """() bool: whether all of these are finite for the tasks that are present."""
-        ok = (rows[0] if len(rows) == 1 else torch.stack(rows)).isfinite()
+        ok = (rows[0] if len(rows) == 1 else torch.stack(rows)) * 0 == 0
         return ok.all() if self.mask is None else (ok | ~self.mask).all()
 
 

@@ -53,10 +53,11 @@ def task_vector(losses: PyTree, name: str = "losses", dtype: torch.dtype | None 
         return losses
     leaves, _ = tree.flatten(losses)
     tensors = [leaf if isinstance(leaf, Tensor) else torch.as_tensor(leaf, dtype=dtype) for leaf in leaves]
-    for path, leaf in zip(tree.paths(losses), tensors, strict=True):
+    for i, leaf in enumerate(tensors):
         if leaf.ndim != 0:
             raise ValueError(
-                f"{name}[{path!r}] has shape {tuple(leaf.shape)}; a loss is one scalar: take its mean() or sum()"
+                f"{name}[{tree.paths(losses)[i]!r}] has shape {tuple(leaf.shape)}; a loss is one scalar: take its "
+                "mean() or sum()"
             )
     if not tensors:
         raise ValueError(f"{name} is empty: return one scalar per task")

@@ -11,6 +11,8 @@ import optree
 import torch
 from torch import Tensor
 
+from gradnorm_func._core.tracing import free_to_ask
+
 Tree = TypeVar("Tree")
 
 
@@ -36,7 +38,9 @@ def promoted(x: Tensor) -> Tensor:
 
 
 def choose(ok: Tensor, new: Tree, old: Tree) -> Tree:
-    """`new` where ok, else `old`, leaf by leaf and without asking the device."""
+    """`new` where ok, else `old`, leaf by leaf and without waiting for a device."""
+    if ok.ndim == 0 and free_to_ask(ok):
+        return new if bool(ok) else old
     return optree.tree_map(lambda a, b: torch.where(ok, a, b), new, old)  # type: ignore[arg-type, return-value]
 
 

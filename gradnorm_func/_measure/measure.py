@@ -11,13 +11,14 @@ from torch import Tensor
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import LossFn, MultiTaskLoss, StackedHeads
+from gradnorm_func._core.tracing import no_graph
 from gradnorm_func._core.tree import Where
 from gradnorm_func._measure.general import general
 from gradnorm_func._measure.plan import Heads, Measured, Plan, plan_of
 from gradnorm_func._measure.seam import seam
 from gradnorm_func._measure.separable import separable
 from gradnorm_func._measure.sharded import explain_sharded, sharded, whole_stats
-from gradnorm_func._measure.tape import fresh_casts, no_graph
+from gradnorm_func._measure.tape import fresh_casts, leaves_of, without_graph
 from gradnorm_func._reduce.stats import TaskStats
 
 
@@ -118,15 +119,17 @@ def run_engine(plan: Plan, *, force_general: bool = False) -> Measured:
     engine = _engine_for(plan, force_general)
     compiling = torch.compiler.is_compiling()
     with no_graph(), nullcontext() if compiling else fresh_casts():
+        plan = plan._replace(leaves=leaves_of(plan.leaves))
         if not sharded(plan.leaves):
-            return engine(plan)
-        try:
             measured = engine(plan)
-        except ValueError:
-            raise
-        except Exception as error:
-            raise explain_sharded(plan, error) from error
-        return whole_stats(measured)
+        else:
+            try:
+                measured = whole_stats(engine(plan))
+            except ValueError:
+                raise
+            except Exception as error:
+                raise explain_sharded(plan, error) from error
+        return measured._replace(aux=without_graph(measured.aux)) if plan.has_aux else measured
 
 
 def _engine_for(plan: Plan, force_general: bool) -> Any:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._core.numerics import accum_dtype, diagonal, row_norms, safe_sqrt
+from gradnorm_func._core.tracing import traced
 from gradnorm_func._measure.plan import Plan
-from gradnorm_func._measure.tape import traced
 from gradnorm_func._reduce.stats import TaskStats, gramian_of
 
 # One leaf of z for all tasks: T tensors, or one (T, ...) tensor where the heads are stacked.

@@ -12,8 +12,8 @@ from torch import Tensor
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import LossFn, MultiTaskLoss, wrong_count
 from gradnorm_func._core.numerics import accum_dtype, column, promoted
+from gradnorm_func._core.tracing import traced
 from gradnorm_func._core.tree import Where
-from gradnorm_func._measure.tape import traced
 from gradnorm_func._reduce.stats import TaskStats
 
 Needs: TypeAlias = Literal["losses", "norms", "example_norms", "gramian"]

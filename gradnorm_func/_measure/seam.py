@@ -19,7 +19,7 @@ from gradnorm_func._core.loss import MultiTaskLoss, StackedHeads, task_vector
 from gradnorm_func._measure.crossing import AtZ, Crossing, Trunk, Weighted, linear_leaves
 from gradnorm_func._measure.norms import PerTask
 from gradnorm_func._measure.plan import Measured, Plan, filled, split_aux, weighted_sum
-from gradnorm_func._measure.tape import Grads, Tape, tape
+from gradnorm_func._measure.tape import Grads, Tape, copy_of, tape
 
 
 def seam(plan: Plan, crossing_of: Callable[[Plan], Crossing] = Weighted) -> Measured:
@@ -118,7 +118,7 @@ def _heads(plan: Plan, loss: MultiTaskLoss, trunk: Trunk, crossing: Crossing) ->
         losses = task_vector(loss.structure([value for value, _ in outs]))
         return [losses], loss.structure([aux for _, aux in outs]) if plan.has_aux else ()
 
-    inputs = [*(plan.leaves[i] for i in indices), *chain(*z), *(leaf for leaf in w for _ in range(count))]
+    inputs = [*(plan.leaves[i] for i in indices), *chain(*z), *(copy_of(leaf) for leaf in w for _ in range(count))]
     return _Heads(tape(record, inputs), indices, list(z), w_indices, w)
 
 

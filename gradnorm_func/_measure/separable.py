@@ -22,7 +22,8 @@ from gradnorm_func._reduce.stats import TaskStats
 def separable(plan: Plan) -> Measured:
     """All that `plan` asks for, of T losses that share nothing but the parameters."""
     loss = plan.loss_fn
-    assert isinstance(loss, MultiTaskLoss) and plan.where is not None
+    assert isinstance(loss, MultiTaskLoss)
+    assert plan.where is not None
     runs = [_recorded(plan, function) for function in loss.functions]
     values = [run.outputs[0] for run in runs]
     losses = torch.stack(values)
