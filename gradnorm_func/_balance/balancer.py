@@ -95,7 +95,8 @@ def balancer(
         tensor([6., 7.])
     """
     check_every(every)
-    extra, kind = (needs, "losses") if callable(needs) else (None, needs)
+    extra = needs if callable(needs) else None
+    kind: Needs = "losses" if callable(needs) else needs
     default = weights
 
     def init(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,69 +14,39 @@ from gradnorm_func._core.tracing import free_to_ask, no_graph
 from gradnorm_func._measure.plan import Needs
 from gradnorm_func._reduce.stats import TaskStats, present
 
-
-class BalancerState(Protocol):
-    """What every state has: the weights and the count of steps."""
-
-    @property
-    def weights(self) -> Tensor:
-        """(T,)"""
-
-    @property
-    def step(self) -> Tensor:
-        """() int64: steps so far"""
-
-    def _replace(self: S, **fields: Any) -> S: ...
+# A method's State, a NamedTuple with at least `weights` (T,) and `step`, and its Info, one with at least `losses`,
+# `weights`, `grad_norms`, `total_loss` and `finite`.
+S = TypeVar("S", bound=tuple[Any, ...])
+I = TypeVar("I", bound=tuple[Any, ...])  # noqa: E741
 
 
-class BalancerInfo(Protocol):
-    """What every Info has."""
-
-    @property
-    def losses(self) -> Tensor:
-        """(T,)"""
-
-    @property
-    def weights(self) -> Tensor:
-        """(T,) those that this step's gradient is made with"""
-
-    @property
-    def total_loss(self) -> Tensor:
-        """() Σ w_i L_i"""
-
-    @property
-    def finite(self) -> Tensor:
-        """() bool: False means that the state was left as it was"""
-
-    def _replace(self: I, **fields: Any) -> I: ...
-
-
-S = TypeVar("S", bound=BalancerState)
-I = TypeVar("I", bound=BalancerInfo)  # noqa: E741
-
-
-class Method(Protocol[S, I]):
+class Method(Protocol):
     """A method's own part: pure functions of its state and of T numbers, and what it wants to know."""
 
-    needs: Needs
-    every: int
+    @property
+    def needs(self) -> Needs:
+        """What it looks at."""
 
-    def check(self, state: S) -> None:
+    @property
+    def every(self) -> int:
+        """Its weights move in every k-th step."""
+
+    def check(self, state: Any) -> None:
         """Refuses a state of another method or optimizer."""
 
-    def step(self, state: S, seen: Seen) -> tuple[S, I]:
+    def step(self, state: Any, seen: Seen) -> tuple[Any, Any]:
         """The next state but for its count of steps, and what to log."""
 
-    def report(self, state: S, seen: Seen) -> I:
+    def report(self, state: Any, seen: Seen) -> Any:
         """What to log of a step in which nothing moves."""
 
 
-class Guarded(NamedTuple, Generic[S, I]):
+class Guarded(NamedTuple):
     """A method, guarded."""
 
-    method: Any
+    method: Method
 
-    def balance(self, state: S, stats: TaskStats, mask: Any, update: bool | Tensor) -> tuple[S, I]:
+    def balance(self, state: Any, stats: TaskStats, mask: Any, update: bool | Tensor) -> tuple[Any, Any]:
         """One step: all of it, or nothing of it where something is not finite."""
         method = self.method
         method.check(state)
@@ -86,7 +56,7 @@ class Guarded(NamedTuple, Generic[S, I]):
             seen = without_absent(raw)
             turn = due(state, method.every, update)
             if turn is False:
-                info: I = method.report(state, seen)
+                info = method.report(state, seen)
                 new, ok = state, raw.finite(raw.losses)
             else:
                 self._require(stats)
@@ -116,7 +86,7 @@ class Guarded(NamedTuple, Generic[S, I]):
             )
 
 
-def due(state: BalancerState, every: int, update: bool | Tensor) -> bool | Tensor:
+def due(state: Any, every: int, update: bool | Tensor) -> bool | Tensor:
     """Whether this is a step in which weights move: known beforehand, or, where asking would cost something, a tensor."""
     if update is False or every == 1:
         return update is not False
@@ -130,7 +100,7 @@ def accepted(finite: Tensor, active: Tensor | None, update: bool | Tensor) -> Te
     return ok if isinstance(update, bool) else ok & torch.as_tensor(update, device=ok.device)
 
 
-def settled(new: S, old: S, ok: Tensor, turn: bool | Tensor, active: Tensor | None) -> S:
+def settled(new: Any, old: Any, ok: Tensor, turn: bool | Tensor, active: Tensor | None) -> Any:
     """The new state with its step counted, absent tasks as they were; the old one, all of it, if it is refused."""
     if active is not None and new is not old:
         new = _without_absent(active, new, old)
@@ -139,11 +109,11 @@ def settled(new: S, old: S, ok: Tensor, turn: bool | Tensor, active: Tensor | No
     return choose(ok, new._replace(step=old.step + 1), old)
 
 
-def _without_absent(active: Tensor, new: S, old: S) -> S:
+def _without_absent(active: Tensor, new: Any, old: Any) -> Any:
     """The new state, with everything of the absent tasks as it was."""
     count = active.shape[0]
 
     def pick(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(column(active, a), a, b) if a.ndim and a.shape[0] == count and a is not b else a
 
-    return tree.tree_map(pick, new, old)  # type: ignore[no-any-return]
+    return tree.tree_map(pick, new, old)

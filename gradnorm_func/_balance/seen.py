@@ -33,7 +33,7 @@ class Seen(NamedTuple):
         return torch.ones_like(self.losses, dtype=torch.bool) if self.mask is None else self.mask
 
     @property
-    def count(self) -> int | Tensor:
+    def num_active(self) -> int | Tensor:
         """How many they are."""
         return self.losses.shape[0] if self.mask is None else self.mask.sum()
 
@@ -92,11 +92,11 @@ def seen_of(weights: Tensor, stats: TaskStats, mask: Tensor | None) -> Seen:
 
 def without_absent(seen: Seen) -> Seen:
     """With 1 for every number of an absent task, which may be anything, NaN too."""
-    if seen.mask is None:
+    mask = seen.mask
+    if mask is None:
         return seen
-    losses, norms, example_norms = tree.tree_map(
-        lambda row: torch.where(seen.mask, row, 1.0), (seen.losses, seen.norms, seen.example_norms)
-    )
+    rows = (seen.losses, seen.norms, seen.example_norms)
+    losses, norms, example_norms = tree.tree_map(lambda row: torch.where(mask, row, 1.0), rows)
     return seen._replace(losses=losses, norms=norms, example_norms=example_norms)
 
 

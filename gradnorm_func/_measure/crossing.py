@@ -26,7 +26,7 @@ class Trunk(NamedTuple):
     tape: Tape
     z: list[Tensor]  # leaves, the first axis of which is that of the examples
     z_treedef: Any
-    layer: tuple[Tensor, Tensor] | tuple[()]  # (h, y) of a `shared_linear`, z = activation(y)
+    layer: tuple[Tensor, ...]  # (h, y) of a `shared_linear`, z = activation(y); nothing otherwise
     trunk_losses: list[Tensor]  # losses of the trunk alone, which no head sees
     aux: Any
 

@@ -132,7 +132,7 @@ def run_engine(plan: Plan, *, force_general: bool = False) -> Measured:
         return measured._replace(aux=without_graph(measured.aux)) if plan.has_aux else measured
 
 
-def _engine_for(plan: Plan, force_general: bool) -> Any:
+def _engine_for(plan: Plan, force_general: bool) -> Callable[[Plan], Measured]:
     loss = plan.loss_fn
     if not isinstance(loss, MultiTaskLoss) or force_general:
         return general

@@ -58,7 +58,7 @@ class Tape(NamedTuple):
                 if not self.saved:
                     raise
         rows = [self.pull([leaf[i] for leaf in cotangents], wanted) for i in range(cotangents[0].shape[0])]
-        return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]  # type: ignore[arg-type]
+        return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 def tape(fn: Recorded, inputs: Sequence[Tensor]) -> Tape:
