@@ -51,7 +51,7 @@ class Weighing(NamedTuple):
             weights,
             needs,
             heads=self.heads,
-            task_grads=examples is not None,
+            merges=examples is not None,
             active=job.mask,
             **job.options,
         )

@@ -59,7 +59,7 @@ def check_seam(
         measured = _through_the_step(loss_fn, params, batch, exact.stats.losses, has_aux)
     else:
         measured = as_tree(plan, run_engine(plan))
-    names = task_names(loss_fn.heads) if not isinstance(exact.losses, Tensor) else task_names(exact.losses)
+    names = task_names(exact.losses) if isinstance(exact.losses, Tensor) else task_names(loss_fn.heads)
     differing = []
     whole = row_norms(exact.stats.task_grads).double()
     for path, reference in expected.items():

@@ -119,7 +119,7 @@ def _stats_at_w(plan: Plan, trunk: Trunk, at_z: AtZ, seeds: Tensor | None) -> Ta
     assert isinstance(plan.loss_fn.last_shared, SharedLinear)
     h, y = trunk.layer
     y_grads = linear.before_activation(plan.loss_fn.last_shared, y, z_grads[0])
-    if plan.needs == "gramian" or plan.task_grads:
+    if plan.needs == "gramian" or plan.merges or plan.task_grads:
         rows = linear.gradients(h, stacked(y_grads), layer)
         rows = [rows[layer.order.index(i)].to(plan.leaves[i].dtype) for i in plan.where]
         return stats_at_leaves(plan, losses, rows, seeds)

@@ -44,9 +44,8 @@ def seam(plan: Plan, crossing_of: Callable[[Plan], Crossing] = Weighted) -> Meas
         at_w = [rows.sum(0) if weights is None else weighted_sum(weights, rows) for rows in w_grads]
         by_heads = dict(zip([*heads.indices, *heads.w_indices], [*grads, *at_w], strict=True))
         stats = stats._replace(grads=_added(plan.leaves, trunk_grads, by_heads))
-    named = losses if isinstance(loss.heads, StackedHeads) else loss.structure(losses.unbind())
     aux = (trunk.aux, heads.tape.aux) if plan.has_aux else ()
-    return Measured(stats, named, aux, crossed.decision or decision, trunk.z_treedef)
+    return Measured(stats, losses, aux, crossed.decision or decision, trunk.z_treedef)
 
 
 def _trunk(plan: Plan, loss: MultiTaskLoss, trunk_loss: Callable[[Any, Any, Any], Tensor] | None) -> Trunk:

@@ -45,7 +45,7 @@ def separable(plan: Plan) -> Measured:
     weights, decision = plan.decide(stats, decision)
     if weights is not None:
         stats = stats._replace(grads=[weighted_sum(weights, column) for column in zip(*grads, strict=True)])
-    return Measured(stats, loss.structure(values), aux, decision)
+    return Measured(stats, losses, aux, decision)
 
 
 def _recorded(plan: Plan, function: Callable[..., Any]) -> Tape:
