@@ -140,13 +140,13 @@ class Simple(NamedTuple):
         weights, memory = self.rule(state, seen)
         weights = weights.to(state.weights.dtype)
         used = weights if self.same_step else state.weights
-        return State(weights, state.step, memory), self._info(state, seen, used, memory)
+        return State(weights, state.step, memory), self._info(seen, used, memory)
 
     def report(self, state: State, seen: Seen) -> Info:
         """Nothing moves."""
-        return self._info(state, seen, state.weights, state.memory)
+        return self._info(seen, state.weights, state.memory)
 
-    def _info(self, state: State, seen: Seen, weights: Tensor, memory: Any) -> Info:
+    def _info(self, seen: Seen, weights: Tensor, memory: Any) -> Info:
         return Info(seen.losses, weights, seen.norms, seen.dot(weights, seen.losses), memory)
 
 

@@ -81,13 +81,13 @@ class Guarded(NamedTuple):
         field = {"norms": "grad_norms", "example_norms": "grad_norms", "gramian": "gramian"}.get(self.method.needs)
         if field is not None and not present(getattr(stats, field)):
             raise ValueError(
-                f"stats has no {field}: measure(..., needs={'norms' if field == 'grad_norms' else field!r}) takes them, "
-                "update=False needs none"
+                f"stats has no {field}: take them by measure(..., needs={self.method.needs!r}), or give update=False, "
+                "which needs none"
             )
 
 
 def due(state: Any, every: int, update: bool | Tensor) -> bool | Tensor:
-    """Whether this is a step in which weights move: known beforehand, or, where asking would cost something, a tensor."""
+    """Whether weights move in this step: known beforehand or, where asking would cost something, a tensor."""
     if update is False or every == 1:
         return update is not False
     turn = state.step % every == 0

@@ -44,7 +44,7 @@ def static(weights: Any = None, *, where: Where = None, norms: bool = False) -> 
             raise ValueError(f"weights={weights!r} must be finite")
         return vector.detach().clone()
 
-    rule = lambda state, seen: (state.weights, ())
+    rule = lambda state, _seen: (state.weights, ())
     return balancer(rule, needs="norms" if norms else "losses", where=where, weights=start)
 
 

@@ -1,4 +1,4 @@
-"""The passes of all methods that weigh the tasks: Σ w_i L_i, with weights from before the step or from its own stats."""
+"""The passes of all methods that weigh the tasks: with weights from before the step, or from its own stats."""
 
 from __future__ import annotations
 

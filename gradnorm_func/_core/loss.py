@@ -64,13 +64,13 @@ def task_vector(losses: PyTree, name: str = "losses", dtype: torch.dtype | None 
     return torch.stack(tensors)
 
 
-def wrong_count(found: int, expected: int) -> str:
+def wrong_count(count: int, expected: int) -> str:
     """What to say when the losses are not as many as the weights."""
-    if found < 2:
-        return f"loss_fn returned {found} loss: there is nothing to balance, return one scalar per task"
+    if count < 2:
+        return f"loss_fn returned {count} loss: there is nothing to balance, return one scalar per task"
     return (
-        f"loss_fn returned {found} losses, but the state was made for {expected} tasks: "
-        f"init_state({found}) makes one for them; a task absent from some batches is what mask= is for"
+        f"loss_fn returned {count} losses, but the state was made for {expected} tasks: "
+        f"init_state({count}) makes one for them; a task absent from some batches is what mask= is for"
     )
 
 

@@ -98,7 +98,7 @@ def sgd(learning_rate: float | Tensor | Schedule) -> Optimizer:
     def init(weights: Tensor) -> SGDState:
         return SGDState(torch.zeros((), dtype=torch.int64, device=weights.device))
 
-    def update(grad: Tensor, state: SGDState, weights: Tensor) -> tuple[Tensor, SGDState]:
+    def update(grad: Tensor, state: SGDState, _weights: Tensor) -> tuple[Tensor, SGDState]:
         return -_rate(learning_rate, state.step) * grad, SGDState(state.step + 1)
 
     return Optimizer(init, update)
@@ -146,7 +146,7 @@ def adam(
         count = torch.zeros((), dtype=torch.int64, device=weights.device)
         return AdamState(count, torch.zeros_like(weights), torch.zeros_like(weights))
 
-    def update(grad: Tensor, state: AdamState, weights: Tensor) -> tuple[Tensor, AdamState]:
+    def update(grad: Tensor, state: AdamState, _weights: Tensor) -> tuple[Tensor, AdamState]:
         count = state.step + 1
         mean = _mixed(grad, state.mean, b1)
         square = _mixed(grad * grad, state.square, b2)

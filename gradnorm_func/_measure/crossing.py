@@ -1,7 +1,8 @@
 """What lies between heads and trunk: from the T gradients at z to the one cotangent that goes on.
 
 Methods differ in their crossing and in nothing else. This is the crossing of all that weigh the tasks; RotoGrad has one
-of its own. "Norms at W" and "which weights" are two questions: `norms` and `linear` answer the first, `Plan` the second.
+of its own. "Norms at W" and "which weights" are two questions: `norms` and `linear` answer the first, `Plan` the
+second.
 """
 
 from __future__ import annotations

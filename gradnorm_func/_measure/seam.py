@@ -110,9 +110,9 @@ def _heads(plan: Plan, loss: MultiTaskLoss, trunk: Trunk, crossing: Crossing) ->
         copies = inputs[len(indices) :]  # leaf by leaf of z, then of W; T of each
         outs = []
         for i, head in enumerate(loss.functions):
-            mine = copies[i::count]
-            params = plan.params(tree.replace(leaves, w_indices, mine[len(z) :]))
-            out = head(params, tree.unflatten(trunk.z_treedef, mine[: len(z)]), plan.batch)
+            of_task = copies[i::count]
+            params = plan.params(tree.replace(leaves, w_indices, of_task[len(z) :]))
+            out = head(params, tree.unflatten(trunk.z_treedef, of_task[: len(z)]), plan.batch)
             outs.append(split_aux(out, plan.has_aux, "a head"))
         losses = task_vector(loss.structure([value for value, _ in outs]))
         return [losses], loss.structure([aux for _, aux in outs]) if plan.has_aux else ()

@@ -20,10 +20,7 @@ def min_norm(gramian: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     square = torch.where(active, diagonal(gramian), 0.0).double()
     size = square.sum() / ones.sum().clamp(min=1)
     scaled = gramian.double() / torch.where(active & (size > 0), size, 1.0)
-    if gramian.shape[0] == 2:
-        weights = _closed_form(scaled, ones)
-    else:
-        weights = nnls(scaled + ones[:, None] * ones, ones)
+    weights = _closed_form(scaled, ones) if gramian.shape[0] == 2 else nnls(scaled + ones[:, None] * ones, ones)
     total = weights.sum()
     weights = weights / torch.where(total > 0, total, 1.0)
     slopes = scaled @ weights
