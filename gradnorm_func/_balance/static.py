@@ -44,8 +44,8 @@ def static(weights: Any = None, *, where: Where = None, norms: bool = False) -> 
             raise ValueError(f"weights={weights!r} must be finite")
         return vector.detach().clone()
 
-    needs = "norms" if norms else "losses"
-    return balancer(lambda state, seen: (state.weights, ()), needs=needs, where=where, weights=start)
+    rule = lambda state, _seen: (state.weights, ())
+    return balancer(rule, needs="norms" if norms else "losses", where=where, weights=start)
 
 
 def mean_weights(weights: Any, *, start: int = 0) -> Tensor:

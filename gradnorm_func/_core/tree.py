@@ -64,10 +64,10 @@ def select(tree: PyTree, where: Where) -> list[int]:
     if where is None:
         return list(range(len(names)))
     if callable(where):
-        found = [i for i, name in enumerate(names) if where(name)]
-        if not found:
+        selected = [i for i, name in enumerate(names) if where(name)]
+        if not selected:
             raise ValueError(f"where={where!r} selects no parameter; the paths are {_shorten(names)}")
-        return found
+        return selected
     prefixes = [where] if isinstance(where, str) else list(where)
     if not prefixes:
         raise ValueError(

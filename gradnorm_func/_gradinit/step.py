@@ -13,10 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradnorm_func._core import optim, tree
 from gradnorm_func._core.loss import LossFn, task_vector
-from gradnorm_func._core.numerics import choose
+from gradnorm_func._core.numerics import choose, full_precision
+from gradnorm_func._core.tracing import inside_transform
 from gradnorm_func._core.tree import Where
 from gradnorm_func._gradinit.rescale_adam import ScaleOptimizer, rescale_adam
-from gradnorm_func._measure.tape import full_precision, inside_transform
 
 
 def quiet():

@@ -51,7 +51,7 @@ def check_seam(
     """
     if not isinstance(loss_fn, MultiTaskLoss):
         raise ValueError("check_seam is for a multi_task_loss; any other loss_fn goes through the general engine")
-    everywhere = where if where is not None else lambda path: True
+    everywhere = where if where is not None else lambda _path: True
     plan = plan_of(params, loss_fn, batch, everywhere, None, "norms", task_grads=True, has_aux=has_aux)
     exact = run_engine(plan, force_general=True)
     expected = as_tree(plan, exact)
@@ -59,7 +59,7 @@ def check_seam(
         measured = _through_the_step(loss_fn, params, batch, exact.stats.losses, has_aux)
     else:
         measured = as_tree(plan, run_engine(plan))
-    names = task_names(loss_fn.heads) if not isinstance(exact.losses, Tensor) else task_names(exact.losses)
+    names = task_names(exact.losses) if isinstance(exact.losses, Tensor) else task_names(loss_fn.heads)
     differing = []
     whole = row_norms(exact.stats.task_grads).double()
     for path, reference in expected.items():

@@ -11,7 +11,7 @@ from gradnorm_func._balance.guard import accepted, due, settled
 from gradnorm_func._balance.seen import mask_vector
 from gradnorm_func._core import tree
 from gradnorm_func._core.numerics import cosines, diagonal, safe_sqrt
-from gradnorm_func._measure.tape import no_graph
+from gradnorm_func._core.tracing import no_graph
 from gradnorm_func._rotograd import published
 from gradnorm_func._rotograd.crossing import RotoGradStats, backbone_initial, in_units
 from gradnorm_func._rotograd.rotation import polish, skew, turn

@@ -11,9 +11,9 @@ from gradnorm_func._balance.guard import due
 from gradnorm_func._balance.protocol import Balancer, Goal, Job, Pass
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import MultiTaskLoss, StackedHeads, task_vector
+from gradnorm_func._core.tracing import no_graph
 from gradnorm_func._measure.plan import Plan, plan_of
 from gradnorm_func._measure.seam import seam
-from gradnorm_func._measure.tape import no_graph
 from gradnorm_func._rotograd.balance import RotoGradInfo, balance, check_state
 from gradnorm_func._rotograd.crossing import Rotations, RotoGradFactors, RotoGradStats, factors_of
 from gradnorm_func._rotograd.settings import Hyper, RotoGradOptions, RotoGradState, hyperparameters

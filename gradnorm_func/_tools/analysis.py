@@ -9,7 +9,7 @@ from torch import Tensor
 from gradnorm_func._core.loss import LossFn
 from gradnorm_func._core.numerics import cosines
 from gradnorm_func._core.tree import Where
-from gradnorm_func._measure.measure import as_tree, run_engine
+from gradnorm_func._measure.measure import as_tree, named_losses, run_engine
 from gradnorm_func._measure.plan import plan_of
 
 
@@ -48,7 +48,7 @@ def task_grads(
     plan = plan_of(params, loss_fn, batch, where, None, "norms", task_grads=True, **options)
     measured = run_engine(plan)
     grads = as_tree(plan, measured)
-    return (measured.losses, grads, measured.aux) if has_aux else (measured.losses, grads)
+    return (named_losses(plan, measured), grads, measured.aux) if has_aux else (named_losses(plan, measured), grads)
 
 
 def task_grad_norms(

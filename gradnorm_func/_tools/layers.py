@@ -11,7 +11,7 @@ from gradnorm_func._core import tree
 from gradnorm_func._core.loss import LossFn, task_names
 from gradnorm_func._core.numerics import cosines, row_norms
 from gradnorm_func._core.tree import Where
-from gradnorm_func._measure.measure import run_engine
+from gradnorm_func._measure.measure import named_losses, run_engine
 from gradnorm_func._measure.plan import plan_of
 from gradnorm_func._reduce.stats import gramian_of
 
@@ -86,7 +86,7 @@ def layer_analysis(
             layer = names[index].rpartition(".")[0] or names[index] if by is None else by(names[index])
             layers.setdefault(layer, []).append(grads[index])
     return LayerReport(
-        measured.losses,
+        named_losses(plan, measured),
         {layer: row_norms(leaves) for layer, leaves in layers.items()},
         {layer: cosines(gramian_of(leaves)) for layer, leaves in layers.items()},
     )
