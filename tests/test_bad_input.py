@@ -50,13 +50,17 @@ CALLS = {
     ),
     "state of fixed_ratio": (
         lambda s: gn.gradnorm_grad(FIXED.init(3), P, SEAM, B),
-        "state is a FixedRatioState, not a GradNormState: make one with gn.init_state(T)",
+        "state is a State, not a GradNormState: make one with gn.init_state(T)",
     ),
     "state for fixed_ratio": (
         lambda s: FIXED.grad(s, P, SEAM, B),
-        "state is a GradNormState, not a FixedRatioState: make one with gn.fixed_ratio(...).init(T)",
+        "state is a GradNormState, not a State: make one with the balancer's own init(T)",
     ),
-    "state for static": (lambda s: STATIC.grad(s, P, SEAM, B), "state is a GradNormState, not a StaticState"),
+    "state for static": (lambda s: STATIC.grad(s, P, SEAM, B), "state is a GradNormState, not a State"),
+    "state of another rule": (
+        lambda s: STATIC.grad(FIXED.init(3), P, SEAM, B),
+        "the state was made by another balancer",
+    ),
     "state of sgd": (
         lambda s: gn.gradnorm_grad(fresh(optimizer=gn.sgd(0.1)), P, SEAM, B),
         "the state holds SGDState, but this optimizer keeps AdamState: give init_state and the updates the same",
@@ -76,7 +80,8 @@ CALLS = {
     "tasks, fixed_ratio": (lambda s: FIXED.grad(FIXED.init(2), P, SEAM, B), tasks_changed(3, 2)),
     "tasks, balance": (lambda s: gn.gradnorm_balance(s, stats([1.0, 2.0], [1.0, 2.0])), tasks_changed(2, 3)),
     "tasks, norms": (
-        lambda s: gn.gradnorm_balance(s, stats([1.0, 2.0, 3.0], [1.0, 2.0])), "grad_norms has 2 entries, but there are 3 tasks"
+        lambda s: gn.gradnorm_balance(s, stats([1.0, 2.0, 3.0], [1.0, 2.0])),
+        "grad_norms has 2 entries, but there are 3 tasks",
     ),
     "one loss": (
         lambda s: gn.gradnorm_grad(s, P, lambda p, b: {"a": p["trunk.0"].sum()}, B),
@@ -123,12 +128,19 @@ CALLS = {
     "alpha": (lambda s: gn.gradnorm_grad(s, P, SEAM, B, alpha=-0.5), "alpha=-0.5 must be at least 0: 0 aims at equal"),
     "alpha NaN": (lambda s: gn.gradnorm_update(s, P, SEAM, B, alpha=NAN), "alpha=nan must be at least 0"),
     "alpha of the factory": (lambda s: gn.gradnorm(alpha=-1), "alpha=-1 must be at least 0"),
-    "floor": (lambda s: gn.gradnorm_balance(s, stats([1, 2, 3]), floor=0.0), "floor=0.0 is relative to the mean weight"),
+    "floor": (
+        lambda s: gn.gradnorm_balance(s, stats([1, 2, 3]), floor=0.0),
+        "floor=0.0 is relative to the mean weight",
+    ),
     "burn_in": (lambda s: gn.gradnorm(burn_in=-1), "burn_in=-1 counts steps from 0"),
     "initial_decay": (lambda s: gn.gradnorm(initial_decay=1.5), "initial_decay=1.5 must lie in [0, 1]"),
-    "norm_ratios": (lambda s: gn.gradnorm_balance(s, stats([1, 2, 3]), norm_ratios=[1, 2]), "norm_ratios has 2 entries"),
+    "norm_ratios": (
+        lambda s: gn.gradnorm_balance(s, stats([1, 2, 3]), norm_ratios=[1, 2]),
+        "norm_ratios has 2 entries",
+    ),
     "negative norm_ratios": (
-        lambda s: gn.gradnorm_balance(s, stats([1, 2, 3]), norm_ratios=[1, -2, 1]), "norm_ratios=[1, -2, 1] must be positive"
+        lambda s: gn.gradnorm_balance(s, stats([1, 2, 3]), norm_ratios=[1, -2, 1]),
+        "norm_ratios=[1, -2, 1] must be positive",
     ),
     "torch's optimizer": (
         lambda s: gn.gradnorm_grad(s, P, SEAM, B, optimizer=torch.optim.Adam), "must be gn.sgd(lr), gn.adam(lr) or"
@@ -138,7 +150,8 @@ CALLS = {
     "adam decay": (lambda s: gn.adam(0.1, b2=1.0), "b2=1.0 must lie in [0, 1)"),
     "adam eps": (lambda s: gn.adam(0.1, eps=0.0), "eps=0.0 must be positive"),
     "no norms": (
-        lambda s: gn.gradnorm_balance(s, gn.TaskStats([1.0, 2.0, 3.0])), "stats has no grad_norms: measure(..., norms=True)"
+        lambda s: gn.gradnorm_balance(s, gn.TaskStats([1.0, 2.0, 3.0])),
+        "stats has no grad_norms: take them by measure(..., needs='norms')",
     ),
     "no norms, fixed_ratio": (lambda s: FIXED.balance(FIXED.init(2), gn.TaskStats([1.0, 2.0])), "no grad_norms"),
     # mask
@@ -222,6 +235,20 @@ def test_a_learning_rate_that_is_not_finite_leaves_the_state(log_space):
     new, info = gn.gradnorm_balance(state, stats([1.0, 2.0, 3.0]), optimizer=broken, log_space=log_space)
     assert not info.finite
     assert same_bits(new, state)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda s: gn.gradnorm_grad(s, P, SEAM, B, chunksize=2),
+        lambda s: gn.gradnorm_update(s, P, SEAM, B, chunksize=2),
+        lambda s: gn.gradnorm().grad(s, P, SEAM, B, chunksize=2),
+        lambda s: FIXED.update(FIXED.init(3), P, SEAM, B, chunksize=2),
+    ],
+)
+def test_a_misspelt_option(call):
+    with pytest.raises(TypeError, match="chunksize"):
+        call(fresh())
 
 
 @pytest.mark.parametrize("mask", [torch.zeros(3, dtype=torch.bool), dict.fromkeys("abc", torch.tensor(False))])
