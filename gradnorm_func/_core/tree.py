@@ -12,7 +12,8 @@ from torch import Tensor
 
 PyTree: TypeAlias = Any
 # What holds parameters: a tensor, or nested dicts, lists, tuples and NamedTuples of tensors; but no module.
-Params = TypeVar("Params", bound=Tensor | Mapping[Any, Any] | Sequence[Any])
+ParamTree: TypeAlias = Tensor | Mapping[Any, Any] | Sequence[Any]
+Params = TypeVar("Params", bound=ParamTree)
 Where: TypeAlias = str | Sequence[str] | Callable[[str], bool] | None
 
 

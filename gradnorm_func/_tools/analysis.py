@@ -8,14 +8,14 @@ from torch import Tensor
 
 from gradnorm_func._core.loss import LossFn
 from gradnorm_func._core.numerics import cosines
-from gradnorm_func._core.tree import Where
+from gradnorm_func._core.tree import ParamTree, Where
 from gradnorm_func._measure.measure import as_tree, named_losses, run_engine
 from gradnorm_func._measure.plan import plan_of
 
 
 def task_grads(
     loss_fn: LossFn,
-    params: Any,
+    params: ParamTree,
     batch: Any,
     *,
     where: Where = None,
@@ -53,7 +53,7 @@ def task_grads(
 
 def task_grad_norms(
     loss_fn: LossFn,
-    params: Any,
+    params: ParamTree,
     batch: Any,
     *,
     where: Where = None,
@@ -86,7 +86,7 @@ def task_grad_norms(
 
 def task_gramian(
     loss_fn: LossFn,
-    params: Any,
+    params: ParamTree,
     batch: Any,
     *,
     where: Where = None,
@@ -120,7 +120,7 @@ def task_gramian(
 
 def task_cosine_similarity(
     loss_fn: LossFn,
-    params: Any,
+    params: ParamTree,
     batch: Any,
     *,
     where: Where = None,

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import LossFn, task_names
 from gradnorm_func._core.numerics import cosines, row_norms
-from gradnorm_func._core.tree import Where
+from gradnorm_func._core.tree import ParamTree, Where
 from gradnorm_func._measure.measure import named_losses, run_engine
 from gradnorm_func._measure.plan import plan_of
 from gradnorm_func._reduce.stats import gramian_of
@@ -33,7 +33,7 @@ class LayerReport(NamedTuple):
 
 def layer_analysis(
     loss_fn: LossFn,
-    params: Any,
+    params: ParamTree,
     batch: Any,
     *,
     where: Where = None,
