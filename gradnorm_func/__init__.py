@@ -51,7 +51,8 @@ from gradnorm_func._rotograd.rotograd import (
 from gradnorm_func._rotograd.scale import RotoGradState
 from gradnorm_func._tools.analysis import task_cosine_similarity, task_grad_norms, task_grads, task_gramian
 from gradnorm_func._tools.autograd import backward_from, fork, measure_from, measure_losses
-from gradnorm_func._tools.interop import check_finite, functional, load_state, log_dict, state_dict, write_grads
+from gradnorm_func._tools.functional import functional
+from gradnorm_func._tools.interop import check_finite, load_state, log_dict, state_dict, write_grads
 from gradnorm_func._tools.layers import LayerReport, layer_analysis
 from gradnorm_func._tools.sweep import SweepResult, sweep
 from gradnorm_func._tools.train import train

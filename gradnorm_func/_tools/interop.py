@@ -6,7 +6,7 @@ The one module that writes to what it is given, and only in `write_grads`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,52 +14,6 @@ from torch import Tensor, nn
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import task_names
-
-
-def functional(module: nn.Module, prefix: str = "", *, buffers: bool = False) -> Callable[..., Any]:
-    r"""A module as a pure function of params, the flat dict of `named_parameters()`.
-
-    Args:
-        module: any module: the whole model, or a part of it. It is never written to.
-        prefix: the path of `module` inside the model whose parameters `params` holds: `functional(model.trunk,
-            "trunk")` reads the entries "trunk....". "" is the whole model.
-        buffers: True returns (output, new buffers), a dict with prefixed names: what BatchNorm in train mode has
-            computed. Use it as aux. `params` may hold buffers' values under their names, those of the module are
-            used otherwise.
-
-    Returns:
-        A function (params, *args, **kwargs) -> output.
-
-    Raises:
-        ValueError: if params has no entry for a parameter of the module.
-
-    Example:
-        >>> import torch, gradnorm_func as gn
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
-        >>> params = dict(model.named_parameters())
-        >>> first = gn.functional(model[0], "0")
-        >>> first(params, torch.ones(5, 3)).shape
-        torch.Size([5, 2])
-    """
-    dot = f"{prefix}." if prefix else ""
-    names = [name for name, _ in module.named_parameters()]
-    buffer_names = [name for name, _ in module.named_buffers()]
-
-    def call(params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        missing = [dot + name for name in names if dot + name not in params]
-        if missing:
-            raise ValueError(
-                f"params has no {missing[0]!r}: give dict(model.named_parameters()), and as prefix= the path of the "
-                f"part in the model (prefix={prefix!r} now)"
-            )
-        values = {name: params[dot + name] for name in names}
-        # Clones, for batch norm writes to its buffers in place.
-        held = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        held |= {name: params[dot + name].clone() for name in buffer_names if dot + name in params}
-        out = torch.func.functional_call(module, (values, held), args, kwargs)
-        return (out, {dot + name: held[name] for name in buffer_names}) if buffers else out
-
-    return call
 
 
 def write_grads(target: nn.Module | Mapping[str, Tensor] | Iterable[Tensor], grads: Any) -> None:
