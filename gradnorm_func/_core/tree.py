@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import optree
 import torch
 from torch import Tensor
 
 PyTree: TypeAlias = Any
+# What holds parameters: a tensor, or nested dicts, lists, tuples and NamedTuples of tensors; but no module.
+Params = TypeVar("Params", bound=Tensor | Mapping[Any, Any] | Sequence[Any])
 Where: TypeAlias = str | Sequence[str] | Callable[[str], bool] | None
 
 
