@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import LossFn
-from gradnorm_func._core.tree import Where
+from gradnorm_func._core.tree import Tensors, Where
 from gradnorm_func._measure.measure import as_tree, run_engine
 from gradnorm_func._measure.plan import full_precision
 
 
+@overload
 def task_grads(
     loss_fn: LossFn,
-    params: Any,
+    params: Tensors,
+    batch: Any,
+    *,
+    where: Where = None,
+    has_aux: Literal[False] = False,
+    vectorize: bool = True,
+    chunk_size: int | None = None,
+) -> tuple[Any, Any]: ...
+
+
+@overload
+def task_grads(
+    loss_fn: LossFn,
+    params: Tensors,
+    batch: Any,
+    *,
+    where: Where = None,
+    has_aux: Literal[True],
+    vectorize: bool = True,
+    chunk_size: int | None = None,
+) -> tuple[Any, Any, Any]: ...
+
+
+def task_grads(
+    loss_fn: LossFn,
+    params: Tensors,
     batch: Any,
     *,
     where: Where = None,
@@ -45,17 +71,15 @@ def task_grads(
         tensor([[3., 4.],
                 [2., 4.]])
     """
-    measured = run_engine(
-        loss_fn, params, batch, where=where, task_grads=True,
-        has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size,
-    )  # fmt: skip
+    options: dict[str, Any] = {"has_aux": has_aux, "vectorize": vectorize, "chunk_size": chunk_size}
+    measured = run_engine(loss_fn, params, batch, where=where, task_grads=True, **options)
     grads = as_tree(measured, params, where)
     return (measured.losses, grads, measured.aux) if has_aux else (measured.losses, grads)
 
 
 def task_grad_norms(
     loss_fn: LossFn,
-    params: Any,
+    params: Tensors,
     batch: Any,
     *,
     where: Where = None,
@@ -90,7 +114,7 @@ def task_grad_norms(
 
 def task_gramian(
     loss_fn: LossFn,
-    params: Any,
+    params: Tensors,
     batch: Any,
     *,
     where: Where = None,
@@ -117,16 +141,14 @@ def task_gramian(
         tensor([[1., 1.],
                 [1., 2.]])
     """
-    measured = run_engine(
-        loss_fn, params, batch, where=where, task_grads=True,
-        has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size,
-    )  # fmt: skip
+    options: dict[str, Any] = {"has_aux": has_aux, "vectorize": vectorize, "chunk_size": chunk_size}
+    measured = run_engine(loss_fn, params, batch, where=where, task_grads=True, **options)
     return gramian_of(measured.task_grads)
 
 
 def task_cosine_similarity(
     loss_fn: LossFn,
-    params: Any,
+    params: Tensors,
     batch: Any,
     *,
     where: Where = None,

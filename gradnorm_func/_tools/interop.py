@@ -1,22 +1,37 @@
-"""Bridges to the stateful world: nn.Module, .grad for torch.optim, checkpoints, loggers.
+"""Bridges to the stateful world: `.grad` for torch.optim, checkpoints, loggers.
 
-The one module that writes to what it is given, and only in `write_grads`.
+The one module that writes to its arguments, and only in `write_grads`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import task_names
+from gradnorm_func._core.tree import Tensors
+
+State = TypeVar("State", bound=Tensors)
+# The names of the tasks, or what has a part for each of them: the losses, the heads.
+Tasks: TypeAlias = Mapping[str, Any] | Sequence[Any] | Tensor
 
 
-def write_grads(target: nn.Module | Mapping[str, Tensor] | Iterable[Tensor], grads: Any) -> None:
+class Info(Protocol):
+    """What every balancer's Info has: a NamedTuple of tensors, the losses among them."""
+
+    @property
+    def losses(self) -> Any:
+        """(T,)"""
+
+    def _asdict(self) -> dict[str, Any]: ...
+
+
+def write_grads(target: nn.Module | Iterable[Tensor] | Tensors, grads: Tensors) -> None:
     r"""Writes gradients into `.grad`, for any `torch.optim` optimizer to step on.
 
     Args:
@@ -51,7 +66,7 @@ def write_grads(target: nn.Module | Mapping[str, Tensor] | Iterable[Tensor], gra
         leaf.grad = new if new.stride() == leaf.stride() else torch.empty_like(leaf).copy_(new)
 
 
-def state_dict(state: Any) -> dict[str, Tensor]:
+def state_dict(state: Tensors) -> dict[str, Tensor]:
     r"""A state as a flat dict of tensors, which `torch.save` writes and `torch.load(weights_only=True)` reads.
 
     Args:
@@ -68,7 +83,7 @@ def state_dict(state: Any) -> dict[str, Tensor]:
     return {path: leaf.detach().clone() for path, leaf in zip(tree.paths(state), tree.flatten(state)[0], strict=True)}
 
 
-def load_state(template: Any, saved: Mapping[str, Tensor]) -> Any:
+def load_state(template: State, saved: Mapping[str, Tensor]) -> State:
     r"""The state that `state_dict` wrote, bit for bit.
 
     Args:
@@ -104,10 +119,11 @@ def load_state(template: Any, saved: Mapping[str, Tensor]) -> Any:
         saved[name].to(dtype=leaf.dtype, device=leaf.device, copy=True)
         for name, leaf in zip(names, leaves, strict=True)
     ]
-    return tree.unflatten(treedef, new)
+    state: State = tree.unflatten(treedef, new)
+    return state
 
 
-def log_dict(info: Any, names: Any = None, *, prefix: str = "") -> dict[str, Tensor]:
+def log_dict(info: Info, names: Tasks | None = None, *, prefix: str = "") -> dict[str, Tensor]:
     r"""An Info as a flat dict of 0-d tensors, for TensorBoard, W&B and the like.
 
     Args:
@@ -128,11 +144,7 @@ def log_dict(info: Any, names: Any = None, *, prefix: str = "") -> dict[str, Ten
         >>> gn.log_dict(info, ["a", "b"])["grad_norms/a"]
         tensor(3.)
     """
-    num_tasks = info.losses.shape[0]
-    is_list = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
-    tasks = task_names(info.losses) if names is None else list(names) if is_list else task_names(names)
-    if len(tasks) != num_tasks:
-        raise ValueError(f"names has {len(tasks)} entries, but there are {num_tasks} tasks")
+    tasks = _task_names(info, names)
     flat: dict[str, Tensor] = {}
     for field, value in info._asdict().items():
         if value.ndim == 0:
@@ -148,7 +160,7 @@ def log_dict(info: Any, names: Any = None, *, prefix: str = "") -> dict[str, Ten
     return flat
 
 
-def check_finite(info: Any, names: Any = None) -> None:
+def check_finite(info: Info, names: Tasks | None = None) -> None:
     r"""Raises if a step was refused because a loss or a gradient was not finite; the state of that step is the old one.
 
     It waits for the device, which the balancers themselves never do.
@@ -167,9 +179,9 @@ def check_finite(info: Any, names: Any = None) -> None:
         Traceback (most recent call last):
         FloatingPointError: the loss of 'seg' is not finite: ...
     """
-    if bool(info.finite):
+    if bool(info._asdict()["finite"]):
         return
-    tasks = task_names(info.losses) if names is None else names if isinstance(names, list) else task_names(names)
+    tasks = _task_names(info, names)
     for kind, values in (("loss", info.losses), ("gradient", getattr(info, "grad_norms", info.losses))):
         bad = [repr(task) for task, ok in zip(tasks, values.isfinite().tolist(), strict=True) if not ok]
         if bad:
@@ -181,3 +193,14 @@ def check_finite(info: Any, names: Any = None) -> None:
         "this step's update is not finite, though losses and gradients are: the state was left as it was; "
         "lower the learning rate of the rotations or weights"
     )
+
+
+def _task_names(info: Info, names: Tasks | None) -> list[str]:
+    count: int = info.losses.shape[0]
+    if names is None:
+        return task_names(info.losses)
+    is_list = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    tasks = list(names) if is_list else task_names(names)
+    if len(tasks) != count:
+        raise ValueError(f"names has {len(tasks)} entries, but there are {count} tasks")
+    return tasks
