@@ -48,9 +48,10 @@ from gradnorm_func._rotograd.settings import RotoGradState
 # Around a step: analysis, plain autograd, modules and checkpoints, loops
 from gradnorm_func._tools.analysis import task_cosine_similarity, task_grad_norms, task_grads, task_gramian
 from gradnorm_func._tools.autograd import fork, measure_losses
-from gradnorm_func._tools.interop import check_finite, functional, load_state, log_dict, state_dict, write_grads
-from gradnorm_func._tools.layers import LayerReport, layer_analysis
-from gradnorm_func._tools.sweep import SweepResult, sweep
+from gradnorm_func._tools.functional import functional
+from gradnorm_func._tools.interop import check_finite, load_state, log_dict, state_dict, write_grads
+from gradnorm_func._tools.layers import layer_analysis
+from gradnorm_func._tools.sweep import sweep
 from gradnorm_func._tools.train import train
 
 __version__ = "0.1.0"
@@ -62,13 +63,11 @@ __all__ = [
     "GradNormInfo",
     "GradNormState",
     "Info",
-    "LayerReport",
     "Optimizer",
     "RotoGradInfo",
     "RotoGradState",
     "Seen",
     "State",
-    "SweepResult",
     "TaskStats",
     "adam",
     "all_reduce",

@@ -160,10 +160,11 @@ def test_a_wrong_w_is_reported():
     assert len(caught) == 1
 
 
-def test_ten_compiled_loops_in_one_session(monkeypatch):
-    """Dynamo refuses the ninth program of one code object."""
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_many_compiled_loops_in_one_session(monkeypatch):
+    """Dynamo refuses one program too many of one code object."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    for k in range(10):
+    for k in range(3):
         loss_fn = lambda w, x, k=k: {"a": (k + 1) * (w * x).sum(), "b": w.square().sum()}
         compiled, plain = (
             gn.train(torch.ones(3), loss_fn, [torch.ones(3)], progress=False, compile=c)[0] for c in (True, False)

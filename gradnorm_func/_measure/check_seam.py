@@ -10,13 +10,19 @@ from torch import Tensor
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import LossFn, MultiTaskLoss, task_names
 from gradnorm_func._core.numerics import row_norms
-from gradnorm_func._core.tree import ParamTree, Where
+from gradnorm_func._core.tree import Tensors, Where
 from gradnorm_func._measure.measure import as_tree, run_engine
 from gradnorm_func._measure.plan import plan_of
 
 
 def check_seam(
-    loss_fn: LossFn, params: ParamTree, batch: Any, *, where: Where = None, rtol: float | None = None, has_aux: bool = False
+    loss_fn: LossFn,
+    params: Tensors,
+    batch: Any,
+    *,
+    where: Where = None,
+    rtol: float | None = None,
+    has_aux: bool = False,
 ) -> None:
     r"""Compares the seam's per-task gradients with the general engine's, which is slow and assumes nothing.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import LossFn, MultiTaskLoss, StackedHeads
 from gradnorm_func._core.tracing import no_graph
-from gradnorm_func._core.tree import ParamTree, Where
+from gradnorm_func._core.tree import Tensors, Where
 from gradnorm_func._measure.general import general
 from gradnorm_func._measure.plan import Heads, Measured, Plan, plan_of
 from gradnorm_func._measure.seam import seam
@@ -23,7 +23,7 @@ from gradnorm_func._reduce.stats import TaskStats
 
 
 def measure(
-    params: ParamTree,
+    params: Tensors,
     loss_fn: LossFn,
     batch: Any,
     *,
