@@ -174,9 +174,10 @@ def measure_losses(
     filled = [whole(torch.zeros_like(x) if g is None else g) for x, g in zip(flat, found, strict=True)]
     width = len(tasks[0])
     z_grads = [filled[k::width] for k in range(width)]  # of each leaf of z, those of the T copies
-    size = promoted(seeds.detach()).abs()
+    signed = promoted(seeds.detach())
+    size = signed.abs()
     if needs == "gramian":
-        gramian = gramian_of([torch.stack(leaf) for leaf in z_grads]) / (size[:, None] * size)
+        gramian = gramian_of([torch.stack(leaf) for leaf in z_grads]) / signed[:, None] / signed
         squares = diagonal(gramian)
         return stats._replace(grad_norms=safe_sqrt(squares), square_norms=squares, gramian=gramian)
     norms, example_norms = norms_by_example(z_grads)
