@@ -69,11 +69,11 @@ def start(seed):
     return {name: leaf.detach() for name, leaf in net.named_parameters()}
 
 
-def descend(loss, optima, rate):
+def descend(loss, optima, rate, normalize=False):
     """What both tasks saw at every step, (steps, seeds, 2 tasks, 2 coordinates); rate None: no rotations."""
     heads = [lambda params, z, x, s=s: loss(z, s).mean() for s in optima]
     loss_fn, x = gn.multi_task_loss(backbone, heads), torch.zeros(1, 2)
-    method = gn.rotograd(2, scale="none", normalize=False, burn_in=None, optimizer=gn.adam(rate or 0.05))
+    method = gn.rotograd(2, scale="none", normalize=normalize, burn_in=None, optimizer=gn.adam(rate or 0.05))
 
     def step(params, state):
         grads, new, _ = method.grad(state, params, loss_fn, x, update=rate is not None)  # False: views stay as they are
@@ -102,10 +102,14 @@ axis = torch.linspace(-3, 3, 121)
 plane = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
 
 
+def reached(toy, points):
+    """(seeds, 2): whether a task ends at its optimum."""
+    return (points[-1] - torch.tensor(TOYS[toy][1])[:, None]).norm(dim=-1) < REACHED
+
+
 def draw(ax, toy, points):
     """The losses as contours, the optima as stars, three seeds' courses as lines, all ends as dots."""
     loss, optima = TOYS[toy]
-    distances = (points[-1] - torch.tensor(optima)[:, None]).norm(dim=-1)  # (seeds, 2)
     for k, (s, colour) in enumerate(zip(optima, (BLUE, ORANGE), strict=True)):
         height = loss(plane, s)
         levels = height.flatten().quantile(torch.tensor([0.02, 0.08, 0.2]))
@@ -114,7 +118,7 @@ def draw(ax, toy, points):
         ax.scatter(*points[-1, :, k].T, s=22, color=colour, zorder=4, label=f"task {k + 1}: ends of 10 seeds")
         ax.scatter(s, s, s=220, marker="*", color=colour, edgecolors="black", zorder=3, label=f"task {k + 1}: optimum")
     ax.add_patch(plt.Circle((0, 0), optima[1] * 2**0.5, fill=False, color="0.5", linestyle=":"))
-    both = int((distances < REACHED).all(1).sum())
+    both = int(reached(toy, points).all(1).sum())
     colour = {0: "#B71C1C", SEEDS: "#2E7D32"}.get(both, "#B26A00")
     ax.text(0, 2.85, f"both reached: {both} of {SEEDS}", ha="center", va="top", weight="bold", color=colour)
     ax.set(aspect="equal", xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[])
@@ -143,6 +147,19 @@ plt.show()
 # - **Control**: no seed serves both tasks, whatever the rate. The optima do not lie on one circle around the origin, so
 #   no rotation helps: z settles at a distance in between.
 #
+# The paper also trains on losses divided by their first value, L / L(0). On the convex toy that makes the gradients
+# some fifty times shorter. At the same learning rate 400 steps are then too few; at 0.05 for the network, eight of ten
+# seeds arrive.
+
+# %%
+for toy, (loss, optima) in TOYS.items():
+    for name, rate in list(RATES.items())[1:]:
+        points = descend(loss, optima, rate, normalize=True)
+        both, median = int(reached(toy, points).all(1).sum()), (points[-1] - torch.tensor(optima)[:, None]).norm(dim=-1)
+        print(f"{toy.split(':')[0]:12}{name:28} both reached: {both:2} of {SEEDS}, ", end="")
+        print("median distances", " and ".join(f"{float(d):.2f}" for d in median.median(0).values))
+
+# %% [markdown]
 # ## What the rotations do to the conflict
 #
 # In your own code, `gn.rotograd` takes the place of `gn.gradnorm` with any `multi_task_loss`. `info.head_cosines` holds
@@ -166,6 +183,15 @@ seen, got = torch.tensor(history).T
 ax.plot(seen, color=ORANGE, linestyle="--", label="as the heads see them")
 ax.plot(got, color=BLUE, label="rotated back: what the trunk gets")
 ax.axhline(0, color="0.6", linewidth=0.8)
+ax.text(200, 0.03, "agreement above, conflict below", ha="right", va="bottom", color="0.4", fontsize=9)
 ax.set(xlabel="step", ylabel="cosine of the two gradients", ylim=(-1.05, 1.05), title="the conflict, turned away")
 ax.legend(frameon=False)
 plt.show()
+
+# %% [markdown]
+# The heads see opposed gradients all the time. The rotations need some fifty steps, and then both tasks pull the trunk
+# in one direction.
+#
+# Whether that helps a real model is another question. `python benchmarks/rotograd_digits.py` compares four methods on
+# six tasks over five seeds. There RotoGrad lowers the test error by 40 % on average against equal weights; GradNorm,
+# which turns nothing, lowers it by 49 %.
