@@ -102,9 +102,14 @@ axis = torch.linspace(-3, 3, 121)
 plane = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
 
 
-def reached(toy, points):
-    """(seeds, 2): whether a task ends at its optimum."""
-    return (points[-1] - torch.tensor(TOYS[toy][1])[:, None]).norm(dim=-1) < REACHED
+def distances(toy, points):
+    """How far both tasks end from their optima, (seeds, 2 tasks)."""
+    return (points[-1] - torch.tensor(TOYS[toy][1])[:, None]).norm(dim=-1)
+
+
+def count(toy, points):
+    """On how many seeds both tasks reach their optimum."""
+    return int((distances(toy, points) < REACHED).all(1).sum())
 
 
 def draw(ax, toy, points):
@@ -118,7 +123,7 @@ def draw(ax, toy, points):
         ax.scatter(*points[-1, :, k].T, s=22, color=colour, zorder=4, label=f"task {k + 1}: ends of 10 seeds")
         ax.scatter(s, s, s=220, marker="*", color=colour, edgecolors="black", zorder=3, label=f"task {k + 1}: optimum")
     ax.add_patch(plt.Circle((0, 0), optima[1] * 2**0.5, fill=False, color="0.5", linestyle=":"))
-    both = int(reached(toy, points).all(1).sum())
+    both = count(toy, points)
     colour = {0: "#B71C1C", SEEDS: "#2E7D32"}.get(both, "#B26A00")
     ax.text(0, 2.85, f"both reached: {both} of {SEEDS}", ha="center", va="top", weight="bold", color=colour)
     ax.set(aspect="equal", xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[])
@@ -139,7 +144,7 @@ plt.show()
 # Every panel shows what the tasks saw. Lines are three of the ten seeds; the dotted circle joins all points that are as
 # far from the origin as the optimum of task 2.
 #
-# - **Without rotations** both tasks see the same point (orange covers blue), and neither toy is solved.
+# - **Without rotations** both tasks see the same point (orange covers blue), and no toy is solved.
 # - **Convex**: with rotations both tasks arrive, on all seeds at the published rate and on nine of ten at the falling
 #   one.
 # - **Non-convex**: at the published rate the views do not stop turning, and no seed serves both tasks. With the falling
@@ -155,9 +160,10 @@ plt.show()
 for toy, (loss, optima) in TOYS.items():
     for name, rate in list(RATES.items())[1:]:
         points = descend(loss, optima, rate, normalize=True)
-        both, median = int(reached(toy, points).all(1).sum()), (points[-1] - torch.tensor(optima)[:, None]).norm(dim=-1)
-        print(f"{toy.split(':')[0]:12}{name:28} both reached: {both:2} of {SEEDS}, ", end="")
-        print("median distances", " and ".join(f"{float(d):.2f}" for d in median.median(0).values))
+        median = " and ".join(f"{float(d):.2f}" for d in distances(toy, points).median(0).values)
+        print(
+            f"{toy.split(':')[0]:12}{name:28}both reached: {count(toy, points)} of {SEEDS}, median distances {median}"
+        )
 
 # %% [markdown]
 # ## What the rotations do to the conflict
