@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/pinn.py [--equation burgers|helmholtz|both] [--seeds 3] [--steps 6000] [--quick]
 
-About nine minutes for each equation; `--quick` takes one. `benchmarks/pinn.md` holds the tables.
+About six minutes for each equation on a core of its own; `--quick` takes one. `benchmarks/pinn.md` holds the tables.
 
 For one seed all methods start from the same parameters and see the same points. What is searched is searched with the
 same number of runs on a seed of its own. All seeds of a method, or all candidates of a search, train as one `vmap`.

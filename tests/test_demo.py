@@ -70,6 +70,7 @@ def test_toy_prints_final_numbers_and_saves_a_figure(tmp_path, capsys):
         (["--out", "figure.txt"], ".png"),
         (["--nonsense"], "--nonsense"),
         (["train"], "invalid choice"),
+        (["pinn"], "digits"),
         (["toy", "--tasks", "1"], "at least 2"),
         (["toy", "--seeds", "3"], "--seeds"),
     ],
