@@ -218,8 +218,9 @@ plt.show()
 #
 # - **Is it worth it?** One run shows little. `benchmarks/pinn.md` compares seven ways to weight two equations over
 #   three seeds. On Burgers' equation with its usual viscosity, GradNorm with L(0) given beats equal weights on every
-#   seed, and the kernel rule does as well. On Helmholtz' equation, where the losses differ by orders of magnitude, equal
-#   weights end at an error of 27 %, GradNorm at 4 %, the kernel rule at 2 %, and one well chosen fixed weight at 3 %.
+#   seed, and the kernel rule does as well. On Helmholtz' equation, where the losses differ by orders of magnitude,
+#   equal weights end at an error of 27 %, GradNorm at 4 %, the kernel rule at 2 %, and one well chosen fixed weight
+#   at 3 %.
 # - **L-BFGS**: a line search compares values of one function, so weights must not move inside its closure: call
 #   `balancer.grad(..., update=False)` there, and `state = balancer.update(state, params, loss_fn, batch)` between
 #   `optimizer.step(closure)` calls.
