@@ -116,8 +116,8 @@ def candidates(settings: Settings) -> list[list[Method]]:
     ]
 
 
-def train(method: Method, data: digits.Digits, seed: int, steps: int, wrap: Callable[..., Any]) -> tuple[Any, Any]:
-    """One training of one method. The seed alone decides over parameters and batches."""
+def train(method: Method, data: digits.Digits, seed: int, steps: int, wrap: Callable[..., Any]) -> tuple[Any, Any, Any]:
+    """One training of one method: parameters, state, history. The seed alone decides over parameters and batches."""
     generator = torch.Generator().manual_seed(seed)
     params = digits.init_params(seed)
     first = digits.pairs(data, BATCH_SIZE, generator)
@@ -129,7 +129,7 @@ def train(method: Method, data: digits.Digits, seed: int, steps: int, wrap: Call
 
     losses = digits.loss_fn(params, first)
     state = method.start(method.balancer, torch.stack([losses[task] for task in ORDER]))
-    params, state, history = gn.train(
+    return gn.train(
         params,
         digits.loss_fn,
         wrap(batches()),
@@ -138,7 +138,6 @@ def train(method: Method, data: digits.Digits, seed: int, steps: int, wrap: Call
         optimizer=functools.partial(torch.optim.Adam, lr=LEARNING_RATE, fused=True),
         progress=False,
     )
-    return params, history
 
 
 def change(errors: Tensor, reference: Tensor) -> Tensor:
@@ -159,7 +158,7 @@ def compare(settings: Settings) -> list[Result]:
 
     def run(method: Method, seed: int, split: digits.Batch, label: str) -> Run:
         wrap = functools.partial(progress.watch, label=f"{label}, {method.name} ({method.setting}), seed {seed}")
-        params, history = train(method, data["train"], seed, settings.steps, wrap)
+        params, _, history = train(method, data["train"], seed, settings.steps, wrap)
         return Run(digits.errors(params, split), history)
 
     try:
@@ -196,8 +195,10 @@ def table(results: list[Result]) -> str:
     overall = [change(r.errors, results[0].errors) for r in results]
     rows.append(["overall", "mean change, %", "0", *(spread(o, "+.1f") for o in overall[1:])])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-             for row in rows]  # fmt: skip
+    lines = []
+    for row in rows:
+        padded = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(padded))
     rule = "-" * len(lines[0])
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
