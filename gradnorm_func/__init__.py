@@ -17,15 +17,9 @@ from gradnorm_func._balance.static import StaticInfo, StaticState, export, stati
 from gradnorm_func._core.loss import multi_task_loss, shared_linear, stacked_heads, task_names
 from gradnorm_func._core.optim import Optimizer, adam, sgd
 from gradnorm_func._gradinit.rescale_adam import rescale_adam
-from gradnorm_func._gradinit.run import gradinit, gradinit_reinit
-from gradnorm_func._gradinit.step import (
-    GradInitInfo,
-    GradInitState,
-    gradinit_apply,
-    gradinit_init_state,
-    gradinit_step,
-    gradinit_update,
-)
+from gradnorm_func._gradinit.run import gradinit
+from gradnorm_func._gradinit.state import GradInitInfo, GradInitState, gradinit_apply, gradinit_init_state
+from gradnorm_func._gradinit.step import gradinit_step
 from gradnorm_func._measure.check_seam import check_seam
 from gradnorm_func._measure.measure import measure
 from gradnorm_func._reduce.ranks import all_reduce
@@ -97,9 +91,7 @@ __all__ = [
     "gradinit",
     "gradinit_apply",
     "gradinit_init_state",
-    "gradinit_reinit",
     "gradinit_step",
-    "gradinit_update",
     "gradnorm",
     "gradnorm_grad",
     "gradnorm_update",

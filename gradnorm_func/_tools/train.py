@@ -12,6 +12,7 @@ from torch import Tensor
 from gradnorm_func._balance.gradnorm import gradnorm
 from gradnorm_func._balance.protocol import Balancer
 from gradnorm_func._core import tree
+from gradnorm_func._core.compiling import compiled as compiled  # sweep takes it from here
 from gradnorm_func._core.loss import LossFn, task_vector
 from gradnorm_func._tools.interop import write_grads
 
@@ -85,14 +86,6 @@ def train(
     for leaf in leaves:
         leaf.grad = None
     return current, state, tree.tree_map(lambda *rows: torch.stack(rows), *history)
-
-
-def compiled(step: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """A step of this package as one graph. Dynamo counts recompilations by code object, and the ninth loop of a session
-    would be refused: each gets one of its own."""
-    step.__code__ = step.__code__.replace()
-    made: Callable[..., Any] = torch.compile(step, fullgraph=True, **options)
-    return made
 
 
 def _fresh_state(balancer: Balancer, loss_fn: LossFn, params: Any, batch: Any) -> Any:
