@@ -23,6 +23,7 @@ class Leaves(NamedTuple):
 
 def leaves_of(params: Any, where: Where, frozen: Where) -> Leaves:
     """The leaves of params, sorted by what `where` and `frozen` name."""
+    tree.check_params(params)
     initial, treedef = tree.flatten(params)
     first = first_places(initial)
     still = set() if frozen is None else {first[i] for i in tree.select(params, frozen)}

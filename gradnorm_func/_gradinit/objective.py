@@ -86,7 +86,7 @@ def _loss_after(
         grads, loss = problem.gradient(list(moved), batch)
         return (loss / eta).to(norm.dtype), problem.per_scale([*grads]) / (problem.loss_scale * eta)
 
-    def skip(*moved: Tensor) -> Branch:
+    def skip(*_: Tensor) -> Branch:
         return torch.zeros_like(norm), torch.zeros_like(problem.scales)
 
     # Compiled for a CPU, where asking costs nothing, the branch that does not count is not run.

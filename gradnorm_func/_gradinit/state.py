@@ -81,20 +81,19 @@ def gradinit_apply(state: GradInitState, params: P) -> P:
         >>> gn.gradinit_apply(state, params)
         {'a': tensor([2., 2.]), 'b': tensor([0.5000, 0.5000])}
     """
-    check_state(state, params)
+    tree.check_params(params)
     leaves, treedef = tree.flatten(params)
+    check_state(state, len(leaves))
     first = first_places(leaves)
     with no_graph():
         applied: P = tree.unflatten(treedef, rescaled(leaves, first, state.scales))
     return applied
 
 
-def check_state(state: Any, params: Any) -> None:
-    """Refuses what is not a GradInitState, or one for other params."""
+def check_state(state: Any, count: int) -> None:
+    """Refuses what is not a GradInitState, or one for other than `count` leaves."""
     if not isinstance(state, GradInitState):
         raise ValueError(f"state is a {type(state).__name__}, not a GradInitState: make one with gradinit_init_state")
-    tree.check_params(params)
-    count = len(tree.flatten(params)[0])
     if state.scales.shape != (count,):
         raise ValueError(
             f"state has {state.scales.shape[0]} scales, but params has {count} leaves: "

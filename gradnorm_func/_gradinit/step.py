@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -17,7 +19,7 @@ from gradnorm_func._gradinit.rescale_adam import AnyOptimizer, pair_of
 from gradnorm_func._gradinit.scales import bounds, moved
 from gradnorm_func._gradinit.settings import DEFAULT_ETA, DEFAULT_GAMMA, Form, Settings, or_default
 from gradnorm_func._gradinit.state import GradInitInfo, GradInitState, check_moments, check_state
-from gradnorm_func._measure.tape import no_graph
+from gradnorm_func._measure.tape import fresh_casts, no_graph
 
 
 def gradinit_step(
@@ -119,11 +121,12 @@ def gradinit_step(
         loss_scale=loss_scale,
     ).checked()
     optimizer = pair_of(optimizer)
-    check_state(state, params)
-    check_moments(state, optimizer)
     leaves = leaves_of(params, where, frozen)
+    check_state(state, len(leaves.initial))
+    check_moments(state, optimizer)
+    compiling = torch.compiler.is_compiling()
     # torch's fused attention kernels have no second derivative.
-    with no_graph(), sdpa_kernel(SDPBackend.MATH):
+    with no_graph(), sdpa_kernel(SDPBackend.MATH), nullcontext() if compiling else fresh_casts():
         current = rescaled(leaves.initial, leaves.first, state.scales)
         problem = Problem(loss_fn, leaves, state.scales, current, weights, 1.0 if loss_scale is None else loss_scale)
         goal = objective_of(problem, batch, batch_after, settings)
