@@ -132,6 +132,7 @@ def package(case: str, p: int, gamma: float) -> tuple[dict[str, Tensor], list[bo
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     *runs, file = sys.argv[1:]
     triples = [run.split(":") for run in runs]
     torch.save({(case, int(p)): package(case, int(p), float(gamma)) for case, p, gamma in triples}, file)

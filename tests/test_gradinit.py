@@ -22,6 +22,7 @@ from gradnorm_func._gradinit.reinit import reinit_zeros
 @pytest.fixture(scope="module")
 def of_the_package(tmp_path_factory):
     """(case, p) -> γ, the package's scales and its branches; all in one process, which would take seconds to start."""
+    torch.set_num_threads(1)  # as in the tests; this fixture is made before theirs
     gammas = {(case, p): 0.8 * first_norm(case, p) for case in CASES for p in (1, 2)}
     script, file = Path(gradinit_cases.__file__), tmp_path_factory.mktemp("package") / "scales.pt"
     runs = [f"{case}:{p}:{gamma!r}" for (case, p), gamma in gammas.items()]

@@ -1,5 +1,8 @@
 """GradInit compiled, vmapped, saved, in other dtypes; and that it writes to nothing."""
 
+import importlib.util
+import sys
+
 import pytest
 import torch
 from gradinit_cases import CASES, minibatches, model, problem, run, small, small_loss
@@ -72,6 +75,18 @@ def test_vmap_over_states_and_gammas(form):
         torch.testing.assert_close(many.scales[k], one.scales)
 
 
+@pytest.mark.parametrize("form", ["paper", "simple"])
+def test_no_step_asks_a_device_that_is_not_the_cpu(form):
+    """Meta tensors have no values, so that whatever would wait for one raises."""
+    params, batch = torch.utils._pytree.tree_map(lambda leaf: leaf.to("meta"), small())
+    state = gn.gradinit_init_state(params)
+    hyper = {"form": form, "loss_scale": 8.0, "where": "a", "max_scale": 2.0}
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        bool(state.scales[0])
+    state, info = gn.gradinit_step(state, params, small_loss, batch, **hyper)
+    assert (state.scales.device.type, state.scales.shape, info.above.shape) == ("meta", (3,), ())
+
+
 def test_nothing_is_written_and_no_graph_is_left():
     params, batch = small()
     leaves = [leaf.requires_grad_() for group in params.values() for leaf in group.values()]
@@ -109,8 +124,8 @@ def test_dtypes_are_kept(dtype, scale_dtype):
     assert (out["w"].dtype, state.scales.dtype, history.scale_grads.dtype) == (dtype, scale_dtype, scale_dtype)
 
 
-@pytest.mark.parametrize("gamma", [1e-3, 1e3])
-def test_leaves_of_several_dtypes(gamma):
+@pytest.mark.parametrize(("form", "gamma"), [("paper", 1e-3), ("paper", 1e3), ("simple", 1e3)])
+def test_leaves_of_several_dtypes(form, gamma):
     """A leaf without axes would take the dtype of its scale, or of the step's length, and the loss that of a branch."""
     params = {"gain": torch.tensor(2.0, dtype=torch.bfloat16), "w": torch.ones(2, dtype=torch.float64)}
 
@@ -118,7 +133,7 @@ def test_leaves_of_several_dtypes(gamma):
         assert (params["gain"].dtype, params["w"].dtype) == (torch.bfloat16, torch.float64)
         return (params["gain"] * params["w"].bfloat16().prod() * x - 1).square().mean()
 
-    hyper = {"gamma": gamma, "normalize": False, "eta": 0.01}
+    hyper = {"form": form, "gamma": gamma, "normalize": False, "eta": 0.01}
     x = torch.ones(2, dtype=torch.bfloat16)
     out, state, history = gn.gradinit(params, loss_fn, [x], steps=2, progress=False, **hyper)
     assert (out["gain"].dtype, out["w"].dtype) == (torch.bfloat16, torch.float64)
@@ -162,3 +177,17 @@ def test_module_in_module_out():
         assert net.get_parameter(name).requires_grad
     for name, buffer in net.named_buffers():
         assert torch.equal(buffer, before[name])
+
+
+def test_the_progress_bar_changes_nothing(capsys, monkeypatch):
+    params, batch = small()
+    silent = gn.gradinit(params, small_loss, [batch], steps=2, progress=False)
+    assert capsys.readouterr().err == ""
+    shown = gn.gradinit(params, small_loss, [batch], steps=2)
+    if importlib.util.find_spec("tqdm") is not None:
+        assert "gradinit" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)  # as if it were not installed
+    without = gn.gradinit(params, small_loss, [batch], steps=2)
+    assert capsys.readouterr().err == ""
+    for outcome in (shown, without):
+        torch.testing.assert_close(outcome, silent, rtol=0, atol=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any, NamedTuple, TypeAlias
 
@@ -31,21 +31,26 @@ def objective_of(problem: Problem, batch: Any, batch_after: Any, settings: Setti
     """The branch that counts, where it costs nothing to ask which; elsewhere both, and one is selected."""
     trained = [problem.current[i] for i in problem.leaves.trained]
     recorded = tape(lambda leaves: problem.gradient_with_graph(leaves, batch), trained)
-    loss: Tensor = recorded.aux
-    norm, direction = norm_and_direction(recorded.outputs, settings.p, settings.loss_scale)
+    loss, grads = recorded.aux, recorded.outputs
+    norm, direction = norm_and_direction(grads, settings.p, settings.loss_scale)
     above = norm > settings.gamma
+    asked = None if traced() or above.device.type != "cpu" else bool(above)
 
-    def descend_norm() -> Branch:
-        return norm, problem.per_scale(recorded.pull(direction, last=True)) / problem.loss_scale
-
-    def descend_loss() -> Branch:
-        if settings.form == "simple":
-            return loss, problem.per_scale([*recorded.outputs]) / problem.loss_scale
+    branches: list[Branch] = []
+    if asked is not False:
+        branches.append((norm, problem.per_scale(recorded.pull(direction, last=True)) / problem.loss_scale))
+    del recorded  # and its graph, before there is another
+    if asked is not True and settings.form == "simple":
+        branches.append((loss, problem.per_scale([*grads]) / problem.loss_scale))
+    elif asked is not True:
         rate = settings.eta if settings.normalize or settings.p == 1 else settings.eta * norm
         moved = [(x - rate * step).to(x.dtype) for x, step in zip(trained, direction, strict=True)]
-        return _loss_after(problem, moved, batch if batch_after is None else batch_after, settings.eta, above, norm)
+        after = batch if batch_after is None else batch_after
+        branches.append(_loss_after(problem, moved, after, settings.eta, above, norm))
 
-    value, scale_grads = _selected(above, descend_norm, descend_loss)
+    value, scale_grads = branches[0]
+    if asked is None:
+        value, scale_grads = (torch.where(above, a, b) for a, b in zip(*branches, strict=True))
     return Objective(loss, norm, above, value.to(torch.promote_types(norm.dtype, loss.dtype)), scale_grads)
 
 
@@ -67,14 +72,6 @@ def norm_and_direction(
         length = torch.where(norm > 0, norm, 1.0)
         direction = [grad / length for grad in promoted]
     return norm, [step.to(grad.dtype) for step, grad in zip(direction, grads, strict=True)]
-
-
-def _selected(above: Tensor, descend_norm: Callable[[], Branch], descend_loss: Callable[[], Branch]) -> Branch:
-    if not traced() and above.device.type == "cpu":
-        return descend_norm() if above else descend_loss()
-    norm, norm_grads = descend_norm()
-    loss, loss_grads = descend_loss()
-    return torch.where(above, norm, loss), torch.where(above, norm_grads, loss_grads)
 
 
 def _loss_after(
