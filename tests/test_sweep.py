@@ -56,7 +56,7 @@ def one_run(params, loss_fn, data, balancer, optimizer):
             gn.write_grads(current, grads)
             stepper.step()
         infos.append(info)
-    return current, state, type(infos[0])(*map(torch.stack, zip(*infos, strict=True)))
+    return current, state, [torch.stack(rows) for rows in zip(*map(leaves, infos), strict=True)]
 
 
 def assert_same(run, expected, dtype):

@@ -38,8 +38,8 @@ def test_it_is_the_loop_by_hand(name):
     assert same_bits(params, expected)
     assert same_bits(state, expected_state)
     assert type(history) is type(infos[0])
-    for field, stacked in history._asdict().items():
-        assert same_bits(stacked, torch.stack([getattr(info, field) for info in infos]))
+    stacked = [torch.stack(rows) for rows in zip(*map(leaves, infos), strict=True)]
+    assert same_bits(history, stacked)
 
 
 def test_defaults_are_gradnorm_and_adam():

@@ -146,17 +146,17 @@ def log_dict(info: Info, names: Tasks | None = None, *, prefix: str = "") -> dic
     """
     tasks = _task_names(info, names)
     flat: dict[str, Tensor] = {}
-    for field, value in info._asdict().items():
+    for field, value in zip(tree.paths(info), tree.flatten(info)[0], strict=True):
+        value = value.detach()
         if value.ndim == 0:
             # Loggers average, and warn of bools.
-            flat[prefix + field] = value.detach().float() if value.dtype == torch.bool else value.detach()
-        elif value.ndim == 2:  # between tasks: the pairs, once
+            flat[prefix + field] = value.float() if value.dtype == torch.bool else value
+        elif value.shape == (num_tasks, num_tasks):  # between tasks: the pairs, once
             for (i, a), (j, b) in itertools.combinations(enumerate(tasks), 2):
-                flat[f"{prefix}{field}/{a}-{b}"] = value.detach()[i, j]
-        else:
-            flat |= {
-                f"{prefix}{field}/{task}": entry for task, entry in zip(tasks, value.detach().unbind(), strict=True)
-            }
+                flat[f"{prefix}{field}/{a}-{b}"] = value[i, j]
+        else:  # one number a task, or what else a method remembers
+            entries = tasks if value.shape == (num_tasks,) else range(value.numel())
+            flat |= {f"{prefix}{field}/{entry}": x for entry, x in zip(entries, value.flatten().unbind(), strict=True)}
     return flat
 
 
