@@ -223,7 +223,7 @@ plt.show()
 # - **L-BFGS**: a line search compares values of one function, so weights must not move inside its closure: call
 #   `balancer.grad(..., update=False)` there, and `state = balancer.update(state, params, loss_fn, batch)` between
 #   `optimizer.step(closure)` calls.
-# - **Other rules**: `gn.equal_norms()` is jaxpi's; `gn.static(gn.mean_weights(weights))` trains again with the time average
-#   of a run's weights.
+# - **Other rules**: `gn.equal_norms()` is jaxpi's; `gn.static(gn.mean_weights(weights))` trains again with the time
+#   average of a run's weights.
 # - **Speed**: `torch.compile` takes long over nested derivatives. `benchmarks/equations.py` propagates the derivatives
 #   layer by layer instead, and compiles in seconds.

@@ -75,7 +75,7 @@ def compare(
     for k, (name, values) in enumerate(read.items()):
         x = np.arange(values.shape[1]) if steps is None else np.asarray(steps, dtype=np.float64)
         low, lower, middle, upper, high = quantiles(values)
-        style = {"color": COLOURS[k], "linestyle": DASHES[k % len(DASHES)]}
+        style: dict[str, Any] = {"color": COLOURS[k], "linestyle": DASHES[k % len(DASHES)]}
         if len(values) > 1:
             edges = (low, high) if band == "range" else (lower, upper)
             ax.fill_between(x, *edges, color=COLOURS[k], alpha=0.2, linewidth=0, label=f"_{name}")

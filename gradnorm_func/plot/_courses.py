@@ -158,9 +158,7 @@ def grad_norms(history: Any, ax: Axes | None = None, *, names: Any = None, smoot
                 markeredgewidth=6,
             )
     said = "" if targets is None else "\n(pale: its target)"
-    return _course(
-        values, history, ax, names, smooth, rf"gradient norm $G_i = w_i\,\|\nabla_W L_i\|${said}", also=targets
-    )
+    return _course(values, history, ax, names, smooth, rf"gradient norm $G_i = w_i\,\|\nabla_W L_i\|${said}")
 
 
 def _extent(targets: Array) -> tuple[Array, Array]:
@@ -193,7 +191,6 @@ def _course(
     label: str,
     *,
     centre: float | None = None,
-    also: Array | None = None,
 ) -> Axes:
     """What all four have in common."""
     tasks, values = labels(names, values.shape[1], history), running_mean(values, smooth)
