@@ -40,6 +40,13 @@ class Places:
         dot = f"{prefix}." if prefix else ""
         parts = list(module.modules())
         self.module = module
+        if any(kind.__name__ == "FSDPModule" for part in parts for kind in type(part).__mro__):
+            name = next((name for name, _ in module.named_parameters()), "")
+            raise ValueError(
+                f"params[{dot + name!r}] is a DTensor that FSDP2 gathers by hooks of the module, which a function of "
+                "params cannot do, under implicit_replication() neither: keep that module under plain autograd, with "
+                "gn.fork and gn.measure_losses"
+            )
         self.children = [part._modules for part in parts]
         self.holders = [holder for part in parts for holder in (part._parameters, part._buffers)]
         self.structure = self._structure()
