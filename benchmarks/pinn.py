@@ -87,12 +87,12 @@ def methods(equation: equations.Equation) -> list[Method]:
 
     jaxpi = f"momentum 0.9, every {EVERY} steps"
     return [
-        Method(EQUAL, "static", fixed, lambda hyper: gn.StaticState(torch.ones(size)), lambda hyper: "w = 1"),
+        Method(EQUAL, "static", fixed, lambda hyper: gn.static().init(size), lambda hyper: "w = 1"),
         Method(
             STATIC,
             "static",
             fixed,
-            lambda factor: gn.StaticState(1 + edges * (factor - 1)),
+            lambda factor: static_state(1 + edges * (factor - 1)),
             lambda factor: f"{factor:g} on the edges, 1 on the equation",
             FACTORS,
         ),
@@ -112,10 +112,15 @@ def methods(equation: equations.Equation) -> list[Method]:
     ]
 
 
+def static_state(weights: Tensor) -> gn.State:
+    """The state of fixed weights, as a tensor that `vmap` may have made."""
+    return gn.static().init(weights.shape[-1])._replace(weights=weights)
+
+
 def average(weights: Tensor) -> Method:
     """Static weights, one row for each seed: the time average of GradNorm's."""
     words = "the time average of GradNorm's run of that seed"
-    return Method(AVERAGE, "static", lambda hyper: gn.static(), gn.StaticState, lambda hyper: words)
+    return Method(AVERAGE, "static", lambda hyper: gn.static(), static_state, lambda hyper: words)
 
 
 def stack(trees: Sequence[Any]) -> Any:

@@ -24,13 +24,8 @@ from gradnorm_func._core.optim import Optimizer, adam, sgd
 # GradInit
 from gradnorm_func._gradinit.rescale_adam import rescale_adam
 from gradnorm_func._gradinit.run import gradinit
-from gradnorm_func._gradinit.step import (
-    GradInitInfo,
-    GradInitState,
-    gradinit_apply,
-    gradinit_init_state,
-    gradinit_step,
-)
+from gradnorm_func._gradinit.state import GradInitInfo, GradInitState, gradinit_apply, gradinit_init_state
+from gradnorm_func._gradinit.step import gradinit_step
 
 # measure → reduce
 from gradnorm_func._measure.check_seam import check_seam

@@ -66,9 +66,15 @@ result = gn.sweep(
     metric=metric,
 )
 equal = gn.sweep(
-    digits.init_params, digits.loss_fn, batches(), seeds=SEEDS,
-    balancer=gn.static(), optimizer=gn.adam(3e-3), metric=metric, compile=False,
-)  # fmt: skip
+    digits.init_params,
+    digits.loss_fn,
+    batches(),
+    seeds=SEEDS,
+    balancer=gn.static(),
+    optimizer=gn.adam(3e-3),
+    metric=metric,
+    compile=False,
+)
 best = {name: round(float(column[result.best]), 3) for name, column in result.runs.items()}
 print(f"{len(result.metric)} runs of {STEPS} steps, history of the weights: {tuple(result.history.weights.shape)}")
 print(f"best run {result.best}: {best}, error {float(result.metric[result.best]):.2f}")

@@ -77,9 +77,8 @@ residuals = {
 #
 # Mind:
 #
-# - `requires_grad_()` and `torch.autograd.grad` inside a loss do not work: torch.func refuses them. If your losses are
-#   written that way, take the norms by `torch.autograd.grad` as well, and call
-#   `gn.balance(state, gn.TaskStats(losses, norms))`.
+# - `requires_grad_()` and `torch.autograd.grad(create_graph=True)` inside a loss work in eager mode, but not under
+#   `torch.compile`, `vmap` and `gn.sweep`: there derivatives are taken by `torch.func`, as here.
 # - Weights that are computed from residuals (causal training, attention) must be detached: `.detach()`.
 # - Draw points outside of `vmap`, as here, or in the loss, but not in the function of one point.
 
@@ -224,7 +223,7 @@ plt.show()
 # - **L-BFGS**: a line search compares values of one function, so weights must not move inside its closure: call
 #   `balancer.grad(..., update=False)` there, and `state = balancer.update(state, params, loss_fn, batch)` between
 #   `optimizer.step(closure)` calls.
-# - **Other rules**: `gn.equal_norms()` is jaxpi's; `gn.static(gn.export(weights))` trains again with the time average
+# - **Other rules**: `gn.equal_norms()` is jaxpi's; `gn.static(gn.mean_weights(weights))` trains again with the time average
 #   of a run's weights.
 # - **Speed**: `torch.compile` takes long over nested derivatives. `benchmarks/equations.py` propagates the derivatives
 #   layer by layer instead, and compiles in seconds.

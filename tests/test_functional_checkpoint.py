@@ -56,8 +56,12 @@ def sequential_plain(function, x):
     return torch.tanh(torch.sin(function(x)))
 
 
-WAYS = {"not reentrant": (not_reentrant, plain), "no early stop": (whole_forward, plain), "nested": (twice, plain),
-        "sequential": (sequential, sequential_plain)}  # fmt: skip
+WAYS = {
+    "not reentrant": (not_reentrant, plain),
+    "no early stop": (whole_forward, plain),
+    "nested": (twice, plain),
+    "sequential": (sequential, sequential_plain),
+}
 
 
 class Model(nn.Module):

@@ -15,8 +15,14 @@ from gradnorm_func._tools.layers import LayerReport
 
 D = {"dtype": torch.float64}
 FORMS = ["general", "within", "function", "linear"]
-CASES = [("mlp", form) for form in FORMS] + [("tied", "general"), ("tied", "linear"), ("cnn", "linear"),
-         ("unused", "function"), ("transformer", "within"), ("two_z", "within")]  # fmt: skip
+CASES = [("mlp", form) for form in FORMS] + [
+    ("tied", "general"),
+    ("tied", "linear"),
+    ("cnn", "linear"),
+    ("unused", "function"),
+    ("transformer", "within"),
+    ("two_z", "within"),
+]
 
 
 def loss_of(case: Case, form: str) -> Any:

@@ -71,11 +71,14 @@ def test_gradnorm_is_the_runs_one_by_one(heads, dtype, where):
     """alpha, the weights' learning rate, the parameters' learning rate and the seed, all at once."""
     params, loss_fn = problem_of(heads, dtype)
     result = eager(
-        params, loss_fn, batches(dtype), seeds=(3, 5),
+        params,
+        loss_fn,
+        batches(dtype),
+        seeds=(3, 5),
         grid={"alpha": [0.0, 1.5], "lr": [1e-2, 1e-1], "rate": [1e-3, 1e-2]},
         balancer=lambda alpha, lr: gn.gradnorm(alpha=alpha, optimizer=gn.adam(lr), where=where),
         optimizer=lambda rate: gn.adam(rate),
-    )  # fmt: skip
+    )
     assert {name: len(column) for name, column in result.runs.items()} == {
         "alpha": 16,
         "lr": 16,
@@ -104,9 +107,14 @@ def test_every_balancer(name):
     balancer = table[name](None)
     params, loss_fn = problem_of("seam", F64)
     result = eager(
-        params, loss_fn, batches(), grid={"rate": [1e-3, 3e-2]}, seeds=(0, 1), balancer=balancer,
+        params,
+        loss_fn,
+        batches(),
+        grid={"rate": [1e-3, 3e-2]},
+        seeds=(0, 1),
+        balancer=balancer,
         optimizer=lambda rate: gn.sgd(rate),
-    )  # fmt: skip
+    )
     for r, (rate, seed) in enumerate([(1e-3, 0), (1e-3, 1), (3e-2, 0), (3e-2, 1)]):
         sgd = functools.partial(torch.optim.SGD, lr=rate)
         assert_same(result.run(r), one_run(params(seed), loss_fn, batches(), balancer or gn.gradnorm(), sgd), F64)
@@ -169,9 +177,11 @@ def test_the_default_compiler():
 def test_in_groups_it_is_the_same(chunk_size):
     params, loss_fn = problem_of("seam", F64)
     given = {
-        "grid": {"alpha": [0.0, 1.5]}, "seeds": range(2), "balancer": lambda alpha: gn.gradnorm(alpha=alpha),
+        "grid": {"alpha": [0.0, 1.5]},
+        "seeds": range(2),
+        "balancer": lambda alpha: gn.gradnorm(alpha=alpha),
         "metric": lambda p: p["trunk.0"].sum(),
-    }  # fmt: skip
+    }
     expected = eager(params, loss_fn, iter(batches()), **given)
     found = eager(params, loss_fn, iter(batches()), chunk_size=chunk_size, **given)
     assert_same(found, [expected], F64)
@@ -243,9 +253,13 @@ def test_dropout_differs_from_run_to_run():
 def test_bfloat16_parameters_get_float32_weights():
     params = lambda seed: make_params(seed, dtype=torch.bfloat16)
     result = eager(
-        params, make_problem(dtype=torch.bfloat16).seam, batches(torch.bfloat16), grid={"a": [0.1], "lr": [1e-2]},
-        balancer=lambda a: gn.gradnorm(alpha=a), optimizer=lambda lr: gn.sgd(lr),
-    )  # fmt: skip
+        params,
+        make_problem(dtype=torch.bfloat16).seam,
+        batches(torch.bfloat16),
+        grid={"a": [0.1], "lr": [1e-2]},
+        balancer=lambda a: gn.gradnorm(alpha=a),
+        optimizer=lambda lr: gn.sgd(lr),
+    )
     assert {leaf.dtype for leaf in leaves(result.params)} == {torch.bfloat16}
     assert result.state.weights.dtype == F32
 

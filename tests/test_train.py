@@ -92,9 +92,14 @@ def test_a_mask_of_the_batch():
     balancer = gn.gradnorm()
     expected, expected_state, _ = by_hand(balancer, problem.params, problem.seam, batches, masks=masks)
     params, state, history = gn.train(
-        problem.params, problem.seam, batches, balancer=balancer, optimizer=SGD,
-        mask=lambda batch: torch.tensor(masks[batch[2]]), progress=False,
-    )  # fmt: skip
+        problem.params,
+        problem.seam,
+        batches,
+        balancer=balancer,
+        optimizer=SGD,
+        mask=lambda batch: torch.tensor(masks[batch[2]]),
+        progress=False,
+    )
     assert same_bits((params, state), (expected, expected_state))
     assert torch.equal(history.weights[2, 1], history.weights[1, 1]), "absent at step 1, so its weight stayed"
 

@@ -40,8 +40,8 @@ class Method(NamedTuple):
 
     name: str
     setting: str  # in words
-    balancer: gn.Balancer
-    start: Callable[[gn.Balancer, Tensor], Any]  # (balancer, losses of the first batch) -> state
+    balancer: gn.Balancer[Any, Any]
+    start: Callable[[gn.Balancer[Any, Any], Tensor], Any]  # (balancer, losses of the first batch) -> state
 
 
 class Run(NamedTuple):
@@ -60,7 +60,7 @@ class Result(NamedTuple):
     history: Any  # of the first seed
 
 
-def fresh(balancer: gn.Balancer, losses: Tensor) -> Any:
+def fresh(balancer: gn.Balancer[Any, Any], losses: Tensor) -> Any:
     return balancer.init(len(losses))
 
 
@@ -76,8 +76,8 @@ def equal() -> Method:
 def static(factors: Tensor, setting: str) -> Method:
     """Weights in ratio to 1 / L(0), times a factor each."""
 
-    def start(balancer: gn.Balancer, losses: Tensor) -> Any:
-        return gn.StaticState(factors * inverse(losses))
+    def start(balancer: gn.Balancer[Any, Any], losses: Tensor) -> Any:
+        return balancer.init(len(losses))._replace(weights=factors * inverse(losses))
 
     return Method(STATIC, setting, gn.static(), start)
 
@@ -89,7 +89,7 @@ def gradnorm(alpha: float, weight_lr: float) -> Method:
     """
     balancer = gn.gradnorm(alpha=alpha, where=digits.W, log_space=True, optimizer=gn.adam(weight_lr))
 
-    def start(balancer: gn.Balancer, losses: Tensor) -> Any:
+    def start(balancer: gn.Balancer[Any, Any], losses: Tensor) -> Any:
         return balancer.init(len(losses), weights=inverse(losses), initial_losses=losses)
 
     return Method(GRADNORM, f"alpha = {alpha:.3g}, in log space from w = 1/L(0)", balancer, start)
