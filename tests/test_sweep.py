@@ -3,6 +3,7 @@
 import functools
 import sys
 
+import optree
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -56,7 +57,7 @@ def one_run(params, loss_fn, data, balancer, optimizer):
             gn.write_grads(current, grads)
             stepper.step()
         infos.append(info)
-    return current, state, type(infos[0])(*map(torch.stack, zip(*infos, strict=True)))
+    return current, state, optree.tree_map(lambda *rows: torch.stack(rows), *infos)
 
 
 def assert_same(run, expected, dtype):

@@ -132,7 +132,8 @@ def log_dict(info: Info, names: Tasks | None = None, *, prefix: str = "") -> dic
         prefix: put before every name.
 
     Returns:
-        dict: "weights/depth", "grad_norms/depth", ..., "total_loss", "finite". Nothing is copied to the host here:
+        dict: "weights/depth", "grad_norms/depth", ..., "total_loss", "finite"; of what a method remembers,
+            "memory.sums/depth". Nothing is copied to the host here:
         it is the logger that waits for the device.
 
     Raises:
@@ -146,17 +147,16 @@ def log_dict(info: Info, names: Tasks | None = None, *, prefix: str = "") -> dic
     """
     tasks = _task_names(info, names)
     flat: dict[str, Tensor] = {}
-    for field, value in info._asdict().items():
+    for path, leaf in zip(tree.paths(info), tree.flatten(info)[0], strict=True):
+        value, name = leaf.detach(), prefix + path
         if value.ndim == 0:
-            # Loggers average, and warn of bools.
-            flat[prefix + field] = value.detach().float() if value.dtype == torch.bool else value.detach()
-        elif value.ndim == 2:  # between tasks: the pairs, once
+            flat[name] = value.float() if value.dtype == torch.bool else value  # loggers average, and warn of bools
+        elif value.shape == (len(tasks), len(tasks)):  # between tasks: the pairs, once
             for (i, a), (j, b) in itertools.combinations(enumerate(tasks), 2):
-                flat[f"{prefix}{field}/{a}-{b}"] = value.detach()[i, j]
-        else:
-            flat |= {
-                f"{prefix}{field}/{task}": entry for task, entry in zip(tasks, value.detach().unbind(), strict=True)
-            }
+                flat[f"{name}/{a}-{b}"] = value[i, j]
+        else:  # per task, or something else that a method remembers
+            labels = tasks if value.shape == (len(tasks),) else range(value.numel())
+            flat |= {f"{name}/{label}": entry for label, entry in zip(labels, value.flatten().unbind(), strict=True)}
     return flat
 
 
