@@ -134,6 +134,27 @@ def measure_losses(
         >>> bool(torch.isclose(stats.grad_norms[0], torch.tensor(72.0).sqrt()))
         True
     """
+    vector = _vector_of(losses, copies, where, weights)
+    constant = torch.as_tensor(scale, dtype=vector.dtype, device=vector.device)
+    stats = TaskStats(losses=vector.detach(), num_examples=torch.as_tensor(num_examples))
+    if where is not None:
+        return _at_parameters(stats, losses, where, constant, needs)
+    tasks = [tree.flatten(copy)[0] for copy in _checked(copies, losses, vector.shape[0])]
+    flat = [leaf for leaves in tasks for leaf in leaves]
+    if weights is None:
+        seeds = constant.expand_as(vector)
+        grads = _pulled(vector, flat, seeds)
+    else:
+        seeds = constant * weights.detach().to(vector)
+        grads = _left_by_backward(flat)
+    filled = [whole(torch.zeros_like(x) if grad is None else grad) for x, grad in zip(flat, grads, strict=True)]
+    width = len(tasks[0])
+    # Of each leaf of z, the gradients of the T copies.
+    return _at_z(stats, [filled[k::width] for k in range(width)], promoted(seeds.detach()), needs)
+
+
+def _vector_of(losses: Any, copies: Any, where: Any, weights: Tensor | None) -> Tensor:
+    """The losses as (T,), and whether the arguments go together."""
     if (copies is None) == (where is None):
         raise ValueError("give either copies (of z, from gn.fork) or where (parameters), the place of the norms")
     if inside_transform():
@@ -141,48 +162,46 @@ def measure_losses(
     vector = whole(task_vector(losses))
     if not vector.requires_grad:
         raise ValueError("losses have no graph: were they computed under no_grad, or from a detached z?")
-    constant = torch.as_tensor(scale, dtype=vector.dtype, device=vector.device)
-    seeds = constant.expand_as(vector)
     if weights is not None:
         if where is not None:
             raise ValueError("weights= is for copies, which keep their gradients; at where=, call before backward()")
         if weights.shape != vector.shape:
             raise ValueError(wrong_count(vector.shape[0], weights.shape[0]))
-        seeds = seeds * weights.detach().to(vector)
-    stats = TaskStats(losses=vector.detach(), num_examples=torch.as_tensor(num_examples))
-    if where is not None:
-        return _at_parameters(stats, losses, where, constant, needs)
-    tasks = [tree.flatten(copy)[0] for copy in _checked(copies, losses, vector.shape[0])]
-    flat = [leaf for leaves in tasks for leaf in leaves]
-    if weights is not None:
-        found = [leaf.grad for leaf in flat]
-        if all(grad is None for grad in found):
-            raise ValueError("no gradient has come to the copies: call backward() first, or leave weights out")
-    else:
-        if not all(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in flat):
-            raise ValueError("the copies have no graph: was the backbone run under no_grad, or is it frozen?")
-        # One pass: a copy is read by its own task alone.
-        found = list(torch.autograd.grad(vector, flat, seeds, retain_graph=True, allow_unused=True))
-        for leaf in flat:
-            leaf.grad = None  # kept from this pass too, and the backward pass of the step would add to it
-        if all(grad is None for grad in found):
-            raise ValueError(
-                "no loss depends on its copy of z: are the copies those that the heads were given? A wrapper may have "
-                "replaced them on the way out (Accelerate does so with bfloat16: fork z.float(); DDP with "
-                "find_unused_parameters)"
-            )
-    filled = [whole(torch.zeros_like(x) if g is None else g) for x, g in zip(flat, found, strict=True)]
-    width = len(tasks[0])
-    z_grads = [filled[k::width] for k in range(width)]  # of each leaf of z, those of the T copies
-    signed = promoted(seeds.detach())
-    size = signed.abs()
+    return vector
+
+
+def _left_by_backward(copies: list[Tensor]) -> list[Tensor | None]:
+    grads: list[Tensor | None] = [leaf.grad for leaf in copies]
+    if all(grad is None for grad in grads):
+        raise ValueError("no gradient has come to the copies: call backward() first, or leave weights out")
+    return grads
+
+
+def _pulled(vector: Tensor, copies: list[Any], seeds: Tensor) -> list[Tensor | None]:
+    """The gradients of all losses at their copies, in one pass: a copy is read by its own task alone."""
+    if not all(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in copies):
+        raise ValueError("the copies have no graph: was the backbone run under no_grad, or is it frozen?")
+    grads: list[Tensor | None] = list(torch.autograd.grad(vector, copies, seeds, retain_graph=True, allow_unused=True))
+    for leaf in copies:
+        leaf.grad = None  # kept from this pass too, and the backward pass of the step would add to it
+    if all(grad is None for grad in grads):
+        raise ValueError(
+            "no loss depends on its copy of z: are the copies those that the heads were given? A wrapper may have "
+            "replaced them on the way out (Accelerate does so with bfloat16: fork z.float(); DDP with "
+            "find_unused_parameters)"
+        )
+    return grads
+
+
+def _at_z(stats: TaskStats, grads: list[list[Tensor]], factors: Tensor, needs: str) -> TaskStats:
+    """Norms or Gramian of gradients that were multiplied with these factors, (T,)."""
     if needs == "gramian":
-        gramian = gramian_of([torch.stack(leaf) for leaf in z_grads]) / signed[:, None] / signed
+        gramian = gramian_of([torch.stack(leaf) for leaf in grads]) / factors[:, None] / factors
         squares = diagonal(gramian)
         return stats._replace(grad_norms=safe_sqrt(squares), square_norms=squares, gramian=gramian)
-    norms, example_norms = norms_by_example(z_grads)
-    norms = norms / size  # NaN for a weight of 0
-    return stats._replace(grad_norms=norms, example_norms=example_norms / size, square_norms=norms.square())
+    norms, example_norms = norms_by_example(grads)
+    norms = norms / factors.abs()  # NaN for a weight of 0
+    return stats._replace(grad_norms=norms, example_norms=example_norms / factors.abs(), square_norms=norms.square())
 
 
 def _checked(copies: Any, losses: Any, count: int) -> list[Any]:
