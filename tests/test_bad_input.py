@@ -52,13 +52,17 @@ CALLS = {
     ),
     "state of fixed_ratio": (
         lambda s: gn.gradnorm_grad(FIXED.init(3), P, SEAM, B),
-        "state is a FixedRatioState, not a GradNormState: make one with gn.init_state(T)",
+        "state is a State, not a GradNormState: make one with gn.init_state(T)",
     ),
     "state for fixed_ratio": (
         lambda s: FIXED.grad(s, P, SEAM, B),
-        "state is a GradNormState, not a FixedRatioState: make one with gn.fixed_ratio(...).init(T)",
+        "state is a GradNormState, not a State: make one with the balancer's own init(T)",
     ),
-    "state for static": (lambda s: STATIC.grad(s, P, SEAM, B), "state is a GradNormState, not a StaticState"),
+    "state for static": (lambda s: STATIC.grad(s, P, SEAM, B), "state is a GradNormState, not a State"),
+    "state of another rule": (
+        lambda s: STATIC.grad(FIXED.init(3), P, SEAM, B),
+        "the state was made by another balancer",
+    ),
     "state of sgd": (
         lambda s: gn.gradnorm_grad(fresh(optimizer=gn.sgd(0.1)), P, SEAM, B),
         "the state holds SGDState, but this optimizer keeps AdamState: give init_state and the updates the same",
@@ -151,7 +155,7 @@ CALLS = {
     "adam eps": (lambda s: gn.adam(0.1, eps=0.0), "eps=0.0 must be positive"),
     "no norms": (
         lambda s: gn.gradnorm_balance(s, gn.TaskStats([1.0, 2.0, 3.0])),
-        "stats has no grad_norms: measure(..., norms=True)",
+        "stats has no grad_norms: take them by measure(..., needs='norms')",
     ),
     "no norms, fixed_ratio": (lambda s: FIXED.balance(FIXED.init(2), gn.TaskStats([1.0, 2.0])), "no grad_norms"),
     # mask
@@ -236,6 +240,20 @@ def test_a_learning_rate_that_is_not_finite_leaves_the_state(log_space):
     new, info = gn.gradnorm_balance(state, stats([1.0, 2.0, 3.0]), optimizer=broken, log_space=log_space)
     assert not info.finite
     assert same_bits(new, state)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda s: gn.gradnorm_grad(s, P, SEAM, B, chunksize=2),
+        lambda s: gn.gradnorm_update(s, P, SEAM, B, chunksize=2),
+        lambda s: gn.gradnorm().grad(s, P, SEAM, B, chunksize=2),
+        lambda s: FIXED.update(FIXED.init(3), P, SEAM, B, chunksize=2),
+    ],
+)
+def test_a_misspelt_option(call):
+    with pytest.raises(TypeError, match="chunksize"):
+        call(fresh())
 
 
 @pytest.mark.parametrize("mask", [torch.zeros(3, dtype=torch.bool), dict.fromkeys("abc", torch.tensor(False))])

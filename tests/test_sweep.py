@@ -3,7 +3,6 @@
 import functools
 import sys
 
-import optree
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -57,7 +56,7 @@ def one_run(params, loss_fn, data, balancer, optimizer):
             gn.write_grads(current, grads)
             stepper.step()
         infos.append(info)
-    return current, state, optree.tree_map(lambda *rows: torch.stack(rows), *infos)
+    return current, state, [torch.stack(rows) for rows in zip(*map(leaves, infos), strict=True)]
 
 
 def assert_same(run, expected, dtype):

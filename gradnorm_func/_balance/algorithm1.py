@@ -56,7 +56,8 @@ class Algorithm1(NamedTuple):
         norms = w * seen.norms  # G_i = w_i ‖∇_W L_i‖
         targets = self.targets(norms, rates, seen)  # mean_j G_j · r_i^α
         gaps = norms - targets
-        grad = gaps.sign() * seen.norms  # ∂/∂w_i of L_grad = Σ_i |G_i − target_i|, the targets being constant
+        # ∂/∂w_i of L_grad = Σ_i |G_i − target_i|, the targets being constant; the sign of NaN is 0, hence the last term
+        grad = gaps.sign() * seen.norms + 0 * gaps
         moved, moments = self.descended(state, grad, seen)
         moved = self.renormalised(state, moved, seen)  # Σ w_i as it was
         new = GradNormState(moved, initial_losses, state.step, state.weight_sum, moments)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradnorm_func._balance.seen import Seen, mask_vector, seen_of, without_absent
 from gradnorm_func._core import tree
-from gradnorm_func._core.numerics import choose, column
+from gradnorm_func._core.numerics import choose, column, full_precision
 from gradnorm_func._core.tracing import free_to_ask, no_graph
 from gradnorm_func._measure.plan import Needs
 from gradnorm_func._reduce.stats import TaskStats, present
@@ -51,7 +51,7 @@ class Guarded(NamedTuple):
         method = self.method
         method.check(state)
         active = mask_vector(mask, state.weights)
-        with no_graph():
+        with no_graph(), full_precision(state.weights):
             raw = seen_of(state.weights, stats, active)
             seen = without_absent(raw)
             turn = due(state, method.every, update)
@@ -72,8 +72,9 @@ class Guarded(NamedTuple):
             if update is False:
                 return state, info
             ok = accepted(ok, active, update)
-            if info.weights is not state.weights:  # a step that is refused is made with the old weights
-                applied = torch.where(ok if turn is True else ok & turn, info.weights, state.weights)
+            if info.weights is not state.weights:  # a step that is refused, and an absent task, keep the old weights
+                moves = ok if turn is True else ok & turn
+                applied = torch.where(moves if active is None else moves & active, info.weights, state.weights)
                 info = info._replace(weights=applied, total_loss=seen.dot(applied, seen.losses))
             return settled(new, state, ok, turn, active), info
 

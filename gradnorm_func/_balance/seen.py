@@ -86,7 +86,7 @@ def seen_of(weights: Tensor, stats: TaskStats, mask: Tensor | None) -> Seen:
         if mask is not None:
             eye = torch.eye(count, dtype=gramian.dtype, device=gramian.device)
             gramian = torch.where(mask[:, None] & mask, gramian, eye)
-    extra = tree.tree_map(lambda leaf: constant(leaf.to(weights)), stats.extra)
+    extra = tree.tree_map(lambda leaf: constant(torch.as_tensor(leaf).to(weights)), stats.extra)
     return Seen(losses, norms, example_norms, gramian, extra, mask)
 
 

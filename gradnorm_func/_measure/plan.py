@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import LossFn, MultiTaskLoss, wrong_count
-from gradnorm_func._core.numerics import accum_dtype, column, promoted
+from gradnorm_func._core.numerics import accum_dtype, column, full_precision, promoted
 from gradnorm_func._core.tracing import traced
 from gradnorm_func._core.tree import Where
 from gradnorm_func._reduce.stats import TaskStats
@@ -154,7 +154,8 @@ def weighted_sum(weights: Tensor, rows: Tensor | Sequence[Tensor]) -> Tensor:
     dtype = accum_dtype(rows[0])
     w = weights.to(dtype)
     if isinstance(rows, Tensor):
-        total: Tensor = torch.tensordot(w, rows.to(dtype), 1)
+        with full_precision(rows):
+            total: Tensor = torch.tensordot(w, rows.to(dtype), 1)
         return total.to(rows.dtype)
     first, *rest = (weight * row.to(dtype) for weight, row in zip(w.unbind(), rows, strict=True))
     return plain_sum([first, *rest]).to(rows[0].dtype)

@@ -99,7 +99,9 @@ def _heads(plan: Plan, loss: MultiTaskLoss, trunk: Trunk, crossing: Crossing) ->
     if isinstance(loss.heads, StackedHeads):
         return _stacked(plan, loss.heads, trunk, crossing)
     count = len(loss.functions)
-    at_leaves = plan.needs != "losses" and plan.where is not None and linear_leaves(plan) is None
+    # Heads that learn from their own losses read copies of W even where nothing is measured at it: W gets the sum.
+    at_leaves = (plan.needs != "losses" or plan.heads == "own") and plan.where is not None
+    at_leaves = at_leaves and linear_leaves(plan) is None
     w_indices = list(plan.where or []) if at_leaves else []
     indices = [i for i in range(len(plan.leaves)) if i not in w_indices]
     z = [list(copies.unbind()) for copies in crossing.copies(trunk, count)]

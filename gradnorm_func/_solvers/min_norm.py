@@ -40,8 +40,8 @@ def _in_own_units(gramian: Tensor, active: Tensor) -> Tensor:
     r"""A multiple of the solution, from non-negative least squares.
 
     With :math:`v_i = w_i \|g_i\|`, cosines C and :math:`a_i \propto 1 / \|g_i\|` it is the minimiser of
-    :math:`\tfrac12 v^\top (C + a a^\top) v - a^\top v` over v >= 0: in these units vectors of very different lengths are
-    all of order 1, and the shortest of them, which decides, is not lost in rounding.
+    :math:`\tfrac12 v^\top (C + a a^\top) v - a^\top v` over v >= 0. In these units vectors of very different lengths
+    are all of order 1, and the shortest of them, which decides, is not lost in rounding.
     """
     length = torch.where(active, safe_sqrt(diagonal(gramian)), 1.0).clamp(min=1e-100)
     inverse = torch.where(active, torch.where(active, length, torch.inf).min() / length, 0.0)

@@ -132,9 +132,8 @@ def log_dict(info: Info, names: Tasks | None = None, *, prefix: str = "") -> dic
         prefix: put before every name.
 
     Returns:
-        dict: "weights/depth", "grad_norms/depth", ..., "total_loss", "finite"; of what a method remembers,
-            "memory.sums/depth". Nothing is copied to the host here:
-        it is the logger that waits for the device.
+        dict: "weights/depth", "grad_norms/depth", ..., "total_loss", "finite", and "memory.sums/depth" of what a method
+        remembers. Nothing is copied to the host here: it is the logger that waits for the device.
 
     Raises:
         ValueError: if there are not as many names as tasks.
