@@ -116,6 +116,20 @@ def test_task_gradients_are_those_at_params(way, train):
     assert all(torch.equal(leaf, before[name]) for name, leaf in model.state_dict().items())
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_task_gradients_by_the_engine(way):
+    run, unchecked = WAYS[way]
+    model, x = Model(run), torch.randn(6, 3, **D)
+    params = {name: torch.randn_like(leaf) for name, leaf in model.named_parameters()}
+    losses, rows = expected_of(model, unchecked, params, x)
+    parts = {path: gn.functional(model.get_submodule(path), path) for path in ("trunk", "heads.a", "heads.b")}
+    call = lambda path, params, x: parts[path](params, x)
+    found_losses, found = gn.task_grads(lambda params, x: losses_of(call, params, x), params, x)
+    for i, name in enumerate("ab"):
+        assert torch.equal(found_losses[name], losses[name].detach())
+        assert_rows_near([found[path][i] for path in params], rows[name])
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_with_backward_and_new_buffers(reentrant):
     """The backward pass leaves the buffers that the call returned alone; the other kind of checkpoint is right, too."""

@@ -1,6 +1,7 @@
 """torch.optim, checkpoints and loggers."""
 
 import copy
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -116,3 +117,26 @@ def test_log_dict_is_flat_and_complete(name):
         assert flat[f"train/losses/{'1' if names is None else 't1'}"] == info.losses[1]
     with pytest.raises(ValueError, match="names has 2 entries, but there are 3 tasks"):
         gn.log_dict(info, ["a", "b"])
+
+
+def test_log_dict_of_pairs_and_of_other_shapes():
+    class Info(NamedTuple):
+        losses: torch.Tensor
+        cosines: torch.Tensor
+        memory: dict
+
+    info = Info(torch.ones(2), torch.tensor([[1.0, 3.0], [3.0, 1.0]]), {"queue": torch.tensor([[1.0, 2.0, 4.0]])})
+    flat = gn.log_dict(info, ["a", "b"])
+    queue = {"memory.queue/0": 1, "memory.queue/1": 2, "memory.queue/2": 4}
+    expected = {"losses/a": 1, "losses/b": 1, "cosines/a-b": 3} | queue
+    assert {name: float(value) for name, value in flat.items()} == expected
+
+
+def test_check_finite_names_the_tasks():
+    stats = gn.TaskStats([1.0, float("inf")], [1.0, 1.0])
+    _, info = gn.gradnorm_balance(gn.init_state(2), stats)
+    for names in (["a", "b"], ("a", "b"), {"b": 0, "a": 0}):
+        with pytest.raises(FloatingPointError, match="the loss of 'b' is not finite"):
+            gn.check_finite(info, names)
+    with pytest.raises(ValueError, match="names has 1 entries, but there are 2 tasks"):
+        gn.check_finite(info, ["a"])

@@ -35,11 +35,28 @@ def make_params(seed: int) -> dict[str, Tensor]:
 
 
 state = gn.init_state(2)
+balancer = gn.fixed_ratio()
+grads, weights, info = gn.gradnorm_grad(state, params, loss_fn, x)
 """
 
 # A line of the script, and what is wrong with it: words of mypy's message, where pyright too must say something.
 # None is a line that both must take.
 ROWS = [
+    # a step
+    ("assert_type(info, gn.GradNormInfo)", None),
+    ("assert_type(info.inverse_rates, Tensor)", None),
+    ("assert_type(grads, dict[str, Tensor])", None),
+    ("info.weightz", 'no attribute "weightz"'),
+    ("gn.gradnorm_grad(state, params, loss_fn)", "No overload variant"),
+    ("gn.gradnorm_grad(state, params, loss_fn, x, alfa=1.0)", "No overload variant"),
+    ("gn.gradnorm_grad(state, model, loss_fn, x)", "No overload variant"),
+    ("assert_type(gn.gradnorm_update(state, params, loss_fn, x), gn.GradNormState)", None),
+    # balancers
+    ("balancer.grad(balancer.init(2), params, loss_fn, x)[2].finite", None),
+    ("balancer.grad(balancer.init(2), params, loss_fn, x)[2].finites", 'no attribute "finites"'),
+    ("balancer.grad(balancer.init(2), params, loss_fn)", "No overload variant"),
+    ("balancer.grad(balancer.init(2), params, loss_fn, x, masks=None)", "No overload variant"),
+    ("gn.gradnorm(alfa=1.0)", 'Unexpected keyword argument "alfa"'),
     # functional
     ("gn.functional(model)(params, x, flag=True)", None),
     ("assert_type(gn.functional(model, buffers=True)(params, x), tuple[Any, dict[str, Tensor]])", None),
@@ -63,18 +80,27 @@ ROWS = [
     ('assert_type(gn.state_dict(state)["weights"], Tensor)', None),
     # train
     ("assert_type(gn.train(params, loss_fn, [x])[0], dict[str, Tensor])", None),
+    ("assert_type(gn.train(params, loss_fn, [x])[2], gn.GradNormInfo)", None),
+    ("gn.train(params, loss_fn, [x], balancer=balancer)[2].finite", None),
+    ("gn.train(params, loss_fn, [x], balancer=balancer)[2].inverse_rates", 'no attribute "inverse_rates"'),
     ("gn.train(params, loss_fn, [x], mask=lambda batch: batch.shape[0] > 1)", None),
     ("gn.train(params, loss_fn, [x], mask=lambda batch: batch.shapes)", 'no attribute "shapes"'),
-    ("gn.train(model, loss_fn, [x])", '"Params" of "train" cannot be "Sequential"'),
-    ("gn.train(params, loss_fn)", 'Missing positional argument "batches"'),
+    ("gn.train(model, loss_fn, [x])", "No overload variant"),
+    ("gn.train(params, loss_fn)", "No overload variant"),
     ("gn.train(params, loss_fn, [x], step=1)", 'Unexpected keyword argument "step"'),
-    ("gn.train(params, loss_fn, [x], optimizer=gn.adam(0.1))", 'Argument "optimizer" to "train"'),
+    ("gn.train(params, loss_fn, [x], optimizer=gn.adam(0.1))", "No overload variant"),
     # sweep
     ("assert_type(gn.sweep(params, loss_fn, [x]).params, dict[str, Tensor])", None),
     ("assert_type(gn.sweep(make_params, loss_fn, [x], seeds=range(3)).run(0)[0], dict[str, Tensor])", None),
     ('gn.sweep(make_params, loss_fn, [x], metric=lambda params: params["a"].sum()).best', None),
     ('gn.sweep(params, loss_fn, [x], grid={"rate": [0.1, 1]}, optimizer=lambda rate: gn.sgd(rate))', None),
     ('gn.sweep(params, loss_fn, [x], grid={"rate": 0.1})', '"str": "float"'),
+    ("assert_type(gn.sweep(params, loss_fn, [x]).history.inverse_rates, Tensor)", None),
+    ("gn.sweep(params, loss_fn, [x], balancer=lambda b: gn.fixed_ratio(budget=b)).history.finite", None),
+    (
+        "gn.sweep(params, loss_fn, [x], balancer=lambda b: gn.fixed_ratio(budget=b)).history.inverse_rates",
+        'no attribute "inverse_rates"',
+    ),
     ("gn.sweep(params, loss_fn, [x]).history_", 'no attribute "history_"'),
     ("gn.sweep(params, loss_fn, [x], chunks=2)", 'Unexpected keyword argument "chunks"'),
     # analysis

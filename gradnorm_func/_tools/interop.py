@@ -132,8 +132,8 @@ def log_dict(info: Info, names: Tasks | None = None, *, prefix: str = "") -> dic
         prefix: put before every name.
 
     Returns:
-        dict: "weights/depth", "grad_norms/depth", ..., "total_loss", "finite". Nothing is copied to the host here:
-        it is the logger that waits for the device.
+        dict: "weights/depth", "grad_norms/depth", ..., "total_loss", "finite", and "memory.sums/depth" of what a method
+        remembers. Nothing is copied to the host here: it is the logger that waits for the device.
 
     Raises:
         ValueError: if there are not as many names as tasks.
@@ -147,17 +147,16 @@ def log_dict(info: Info, names: Tasks | None = None, *, prefix: str = "") -> dic
     tasks = _task_names(info, names)
     num_tasks = len(tasks)
     flat: dict[str, Tensor] = {}
-    for field, value in zip(tree.paths(info), tree.flatten(info)[0], strict=True):
-        value = value.detach()
+    for path, leaf in zip(tree.paths(info), tree.flatten(info)[0], strict=True):
+        value, name = leaf.detach(), prefix + path
         if value.ndim == 0:
-            # Loggers average, and warn of bools.
-            flat[prefix + field] = value.float() if value.dtype == torch.bool else value
-        elif value.shape == (num_tasks, num_tasks):  # between tasks: the pairs, once
+            flat[name] = value.float() if value.dtype == torch.bool else value  # loggers average, and warn of bools
+        elif value.shape == (len(tasks), len(tasks)):  # between tasks: the pairs, once
             for (i, a), (j, b) in itertools.combinations(enumerate(tasks), 2):
-                flat[f"{prefix}{field}/{a}-{b}"] = value[i, j]
-        else:  # one number a task, or what else a method remembers
-            entries = tasks if value.shape == (num_tasks,) else range(value.numel())
-            flat |= {f"{prefix}{field}/{entry}": x for entry, x in zip(entries, value.flatten().unbind(), strict=True)}
+                flat[f"{name}/{a}-{b}"] = value[i, j]
+        else:  # per task, or something else that a method remembers
+            labels = tasks if value.shape == (len(tasks),) else range(value.numel())
+            flat |= {f"{name}/{label}": entry for label, entry in zip(labels, value.flatten().unbind(), strict=True)}
     return flat
 
 

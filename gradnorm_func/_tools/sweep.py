@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
+from gradnorm_func._balance.algorithm1 import GradNormInfo, GradNormState
 from gradnorm_func._balance.gradnorm import gradnorm
+from gradnorm_func._balance.guard import I, S
 from gradnorm_func._balance.protocol import Balancer
 from gradnorm_func._core import tree
 from gradnorm_func._core.compiling import compiled
@@ -20,12 +22,12 @@ from gradnorm_func._tools.sweep_grid import Factory, Grid, check_names, combinat
 from gradnorm_func._tools.sweep_runs import Plan, Runs, joined, start, step_of
 
 
-class SweepResult(NamedTuple, Generic[Params]):
+class SweepResult(NamedTuple, Generic[Params, S, I]):
     """R finished runs. Every tensor has a leading axis of runs."""
 
     params: Params  # the trained parameters, every leaf (R, ...)
-    state: Any  # of the balancer, every field (R, ...)
-    history: Any  # the balancer's Info, every field (R, steps, ...)
+    state: S  # of the balancer, every field (R, ...)
+    history: I  # the balancer's Info, every field (R, steps, ...)
     metric: Tensor | tuple[()]  # (R,) the metric of the trained parameters; `()` without one
     runs: dict[str, Tensor]  # the table of runs: every hyperparameter, and "seed", (R,)
 
@@ -38,10 +40,44 @@ class SweepResult(NamedTuple, Generic[Params]):
             raise ValueError("the metric of every run is NaN")
         return int(torch.where(self.metric.isnan(), torch.inf, self.metric).argmin())
 
-    def run(self, index: int) -> tuple[Params, Any, Any]:
+    def run(self, index: int) -> tuple[Params, S, I]:
         """(params, state, history) of one run, as `train` returns them."""
-        one: tuple[Params, Any, Any] = tree.tree_map(lambda leaf: leaf[index], self[:3])
+        one: tuple[Params, S, I] = tree.tree_map(lambda leaf: leaf[index], self[:3])
         return one
+
+
+@overload
+def sweep(
+    params: Callable[[int], Params] | Params,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    *,
+    grid: Grid | None = None,
+    seeds: Iterable[int] = (0,),
+    balancer: None = None,
+    optimizer: Optimizer | Callable[..., Optimizer] | None = None,
+    metric: Callable[[Params], Tensor] | None = None,
+    chunk_size: int | None = None,
+    compile: bool = True,
+    progress: bool = True,
+) -> SweepResult[Params, GradNormState, GradNormInfo]: ...
+
+
+@overload
+def sweep(
+    params: Callable[[int], Params] | Params,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    *,
+    grid: Grid | None = None,
+    seeds: Iterable[int] = (0,),
+    balancer: Balancer[S, I] | Callable[..., Balancer[S, I]],
+    optimizer: Optimizer | Callable[..., Optimizer] | None = None,
+    metric: Callable[[Params], Tensor] | None = None,
+    chunk_size: int | None = None,
+    compile: bool = True,
+    progress: bool = True,
+) -> SweepResult[Params, S, I]: ...
 
 
 def sweep(
@@ -57,7 +93,7 @@ def sweep(
     chunk_size: int | None = None,
     compile: bool = True,
     progress: bool = True,
-) -> SweepResult[Params]:
+) -> SweepResult[Params, Any, Any]:
     r"""Trains every combination of hyperparameters and seeds at once: one loop, with all runs under `vmap`.
 
     Every run sees the same batches in the same order, and is what it would be on its own; a run that diverges keeps
