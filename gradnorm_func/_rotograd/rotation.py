@@ -32,12 +32,19 @@ def skew(x: Tensor) -> Tensor:
     return x - x.mT
 
 
+def skew_part(x: Tensor) -> Tensor:
+    """(X - Xᵀ)/2: what is skew but for rounding, skew to the bit."""
+    return (x - x.mT) / 2
+
+
 def tangent_gradient(tangents: Tensor, gradient: Tensor, kind: str) -> Tensor:
     r"""The derivative by the entries below the diagonal of A, of what has the derivative map(A)·G by map(A).
 
     For the exponential it is :math:`\varphi(\mathrm{ad}_A)(G - G^\top)` with :math:`\varphi(x) = (e^x - 1) / x`. By
     :math:`\varphi(2x) = \varphi(x) (1 + e^x) / 2` A is halved six times, so that twelve terms of the series are exact
     to 1e-9 up to ‖A‖ = 32, five full turns. Autograd takes an exponential of matrices of twice the size instead.
+
+    Skew to the bit: Adam divides a gradient by its own size, be it nothing but rounding, and would walk off SO(m).
     """
     if kind != "exp":
         mapped, pull = vjp(MAPS[kind], tangents)[:2]
@@ -51,7 +58,7 @@ def tangent_gradient(tangents: Tensor, gradient: Tensor, kind: str) -> Tensor:
     out = w
     for k in range(terms, 0, -1):
         out = w + skew(small @ out) / (k + 1)  # ad_A of a skew matrix: AX - XA = AX - (AX)ᵀ
-    return out
+    return skew_part(out)
 
 
 def turn(rotations: Tensor, step: Tensor, kind: str) -> Tensor:
