@@ -100,7 +100,7 @@ def random_rotations(
         device: where they live.
 
     Returns:
-        (T, m, m), for `rotograd_init_state(..., rotations=...)`.
+        (T, m, m), for `gn.rotograd(m).init(T, rotations=...)`.
 
     Example:
         >>> import torch, gradnorm_func as gn
