@@ -783,13 +783,35 @@ def test_loss_scale_saves_small_gradients_in_float16():
     assert (lost.grad_norms / exact.grad_norms - 1).abs().max() > 0.2
 
 
-def test_under_autocast_rotations_are_computed_in_full():
-    """The losses may be in bfloat16; the arithmetic between heads and trunk, and on SO(m), is not."""
+@pytest.mark.parametrize("name", VARIANTS)
+def test_autocast_is_for_the_loss_alone(name):
+    """What lies between heads and trunk, and the step on SO(m), are not the user's to round."""
+    params, loss_fn, batch = problem(torch.float32)
+
+    def in_full(fn):
+        def run(*args):
+            with torch.autocast("cpu", enabled=False):
+                return fn(*args)
+
+        return run
+
+    exact = gn.multi_task_loss(in_full(loss_fn.backbone), [in_full(head) for head in loss_fn.functions])
+    method = build(name)
+    state = method.init(T)
+    for keywords in ({}, {"micro_batches": 1}):
+        expected = method.grad(state, params, exact, batch, **keywords)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = method.grad(state, params, exact, batch, **keywords)
+        for a, b in zip(flat(found), flat(expected), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def test_rotations_stay_orthogonal_under_autocast():
     params, loss_fn, batch = problem(torch.float32)
     method = gn.rotograd(D, optimizer=gn.adam(0.02))
     state = method.init(T, rotations=start(dtype=torch.float32))
-    for _ in range(20):
-        with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(20):
             _, state, info = method.grad(state, params, loss_fn, batch)
     r = state.rotations.double()
     assert (r.mT @ r - torch.eye(D, dtype=F64)).abs().max() < 1e-5

@@ -75,9 +75,11 @@ def polish(rotations: Tensor, step: Tensor) -> Tensor:
     Rounding moves a product of thousands of rotations off SO(m); one matrix a step keeps it there for two products of
     m x m matrices, and index_select takes it out without asking the device for the number.
     """
-    index = (step % rotations.shape[0]).reshape(1)
-    one = rotations.index_select(0, index)
-    return rotations.index_copy(0, index, 1.5 * one - 0.5 * one @ (one.mT @ one))
+    index = step % rotations.shape[0]
+    one = rotations.index_select(0, index.reshape(1))  # (1, m, m)
+    polished = 1.5 * one - 0.5 * one @ (one.mT @ one)
+    in_turn = torch.arange(rotations.shape[0], device=rotations.device) == index  # (T,)
+    return torch.where(in_turn[:, None, None], polished, rotations)
 
 
 def random_rotations(
@@ -211,10 +213,10 @@ def _inverse(matrix: Tensor) -> Tensor:
     c, d = matrix[..., h:, :h], matrix[..., h:, h:]
     a = _inverse(a)
     ab = a @ b
-    d = _inverse(d - c @ ab)
-    ca = c @ a
-    abd = ab @ d
-    return torch.cat([torch.cat([a + abd @ ca, -abd], -1), torch.cat([-d @ ca, d], -1)], -2)
+    d = _inverse(_less(d, c, ab))
+    dca = d @ (c @ a)
+    upper = torch.cat([torch.baddbmm(a, ab, dca), -(ab @ d)], -1)
+    return torch.cat([upper, torch.cat([-dca, d], -1)], -2)
 
 
 def _right_solve(x: Tensor, matrix: Tensor) -> Tensor:
@@ -225,6 +227,11 @@ def _right_solve(x: Tensor, matrix: Tensor) -> Tensor:
     h = size // 2
     b, c, d = matrix[..., :h, h:], matrix[..., h:, :h], matrix[..., h:, h:]
     a = _inverse(matrix[..., :h, :h])
-    left = x[..., :h] @ a
-    right = (x[..., h:] - left @ b) @ _inverse(d - c @ (a @ b))
-    return torch.cat([left - right @ (c @ a), right], -1)
+    left, ca = x[..., :h] @ a, c @ a
+    right = _less(x[..., h:], left, b) @ _inverse(_less(d, ca, b))
+    return torch.cat([_less(left, right, ca), right], -1)
+
+
+def _less(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """X - LR, for stacks of matrices, in one call."""
+    return torch.baddbmm(x, left, right, alpha=-1)
