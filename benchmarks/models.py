@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, linear, scaled_dot_product_attention
+from torch.nn.functional import batch_norm, conv2d, linear, scaled_dot_product_attention
 
 import gradnorm_func as gn
 
@@ -94,6 +94,36 @@ def transformer(num_tasks: int, width: int, batch: int, *, length: int = 16, dev
     last = gn.shared_linear("last.0.weight", "last.0.bias", torch.nn.functional.gelu)
     loss = gn.multi_task_loss(backbone, heads_of(num_tasks, False, pool=True), last_shared=last)
     return Case(params, (x, y), loss, "last.0.weight", num_tasks)
+
+
+def dense(num_tasks: int, width: int, batch: int, *, size: int = 32, device="cpu") -> Case:
+    """Dense prediction: a residual convolutional trunk with batch norm, and a convolutional decoder for each task."""
+    make = _Maker(device)
+    params: Params = {"stem": make.normal(width, 3, 3, 3) / 27**0.5}
+    for i in range(4):
+        params[f"block{i}.conv"] = make.normal(width, width, 3, 3) / (9 * width) ** 0.5
+        params |= {f"block{i}.scale": torch.ones(width, device=device), f"block{i}.shift": make.normal(width) / 10}
+    for i in range(num_tasks):
+        params[f"heads.{i}.inner"] = make.normal(width // 2, width, 3, 3) / (9 * width) ** 0.5
+        params[f"heads.{i}.outer"] = make.normal(1, width // 2, 1, 1) / (width // 2) ** 0.5
+
+    def backbone(p: Params, b: Any) -> Tensor:
+        h = conv2d(b[0], p["stem"], padding=1)
+        for i in range(4):
+            normed = batch_norm(h, None, None, p[f"block{i}.scale"], p[f"block{i}.shift"], training=True)
+            h = h + conv2d(torch.relu(normed), p[f"block{i}.conv"], padding=1)
+        return h
+
+    def head(i: int) -> Callable[[Params, Tensor, Any], Tensor]:
+        def one(p: Params, z: Tensor, b: Any) -> Tensor:
+            inner = torch.relu(conv2d(z, p[f"heads.{i}.inner"], padding=1))
+            return (conv2d(inner, p[f"heads.{i}.outer"]) - b[1][i]).square().mean()
+
+        return one
+
+    x, y = make.normal(batch, 3, size, size), make.normal(num_tasks, batch, 1, size, size)
+    loss = gn.multi_task_loss(backbone, [head(i) for i in range(num_tasks)])
+    return Case(params, (x, y), loss, "block3.conv", num_tasks)
 
 
 def heads_of(num_tasks: int, stacked: bool, pool: bool = False) -> Any:

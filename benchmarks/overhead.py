@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import Case, cnn, mlp, transformer
+from models import Case, cnn, dense, mlp, transformer
 
 import gradnorm_func as gn
 
 Step = Callable[[], Any]
 MLP_SHAPES = [(10, 100, 200), (10, 1024, 256), (40, 256, 256)]
+EAGER_SHAPES = [(2, 64, 32), (3, 128, 64), *MLP_SHAPES]
 
 
 def plain_functional(case: Case) -> Callable[..., Any]:
@@ -122,6 +123,46 @@ def torchjd(case: Case, leaves: dict[str, torch.Tensor]) -> Step:
         mtl_backward([head(leaves, z, case.batch) for head in heads], features=z)
 
     return step
+
+
+def eager_steps(case: Case) -> dict[str, Step]:
+    """What a user of plain eager PyTorch runs: `backward` of the weighted sum, and our three ways to balance it."""
+    at_z, at_w = gn.gradnorm(), gn.gradnorm(where=case.last)
+    state, leaves = at_z.init(case.num_tasks), {k: leaf.clone().requires_grad_() for k, leaf in case.params.items()}
+    stats = gn.measure(case.params, case.loss, case.batch)
+
+    def plain() -> None:
+        for leaf in leaves.values():
+            leaf.grad = None
+        weighted(case.loss(leaves, case.batch), state.weights).backward()
+
+    def fork() -> None:
+        for leaf in leaves.values():
+            leaf.grad = None
+        copies = gn.fork(case.loss.shared(leaves, case.batch)[0], case.num_tasks)
+        losses = [head(leaves, z, case.batch) for head, z in zip(case.loss.functions, copies, strict=True)]
+        weighted(losses, state.weights).backward()
+        at_z.balance(state, gn.measure_losses(losses, copies, weights=state.weights))
+
+    return {
+        "plain": plain,
+        "z": lambda: at_z.grad(state, case.params, case.loss, case.batch),
+        "W": lambda: at_w.grad(state, case.params, case.loss, case.batch),
+        "fork": fork,
+        "balance alone": lambda: at_z.balance(state, stats),
+    }
+
+
+def eager(seconds: float, note: str) -> None:
+    """Eager mode against plain `backward`, from the smallest model up."""
+    cases = [(f"MLP {t}, {w}, {b}", lambda t=t, w=w, b=b: mlp(t, w, b)) for t, w, b in EAGER_SHAPES]
+    cases.append(("dense prediction, T = 3, width 32, batch 8 x 32 x 32", lambda: dense(3, 32, 8)))
+    cases.append(("transformer, T = 10, width 128, batch 32 x 16", lambda: transformer(10, 128, 32)))
+    rows = []
+    for name, make in cases:
+        r = medians(eager_steps(make()), seconds, "cpu")
+        rows.append((name, [f"{r[column] / r['plain']:.2f}" for column in ("z", "W", "fork", "balance alone")]))
+    table(f"Eager mode{note}", rows, ["model", "z", "W", "fork, measure_losses, balance", "balance alone"])
 
 
 def medians(steps: dict[str, Step], seconds: float, device: str) -> dict[str, float]:
@@ -239,7 +280,7 @@ def peak_of(step: Step) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = ["mlp", "trunks", "tasks", "memory", "compile"]
+    names = ["eager", "mlp", "trunks", "tasks", "memory", "compile"]
     parser.add_argument("--tables", nargs="+", choices=names, default=names)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--seconds", type=float, default=12, help="for the timed rounds of one row")
@@ -255,6 +296,8 @@ def main() -> None:
     for threads in args.threads:
         torch.set_num_threads(threads)
         note = "" if device == "cuda" else f", {threads} thread" + "s" * (threads > 1)
+        if "eager" in args.tables and device == "cpu":
+            eager(args.seconds, note)
         if "mlp" in args.tables:
             shapes = MLP_SHAPES + ([(10, 4096, 1024), (10, 8192, 1024)] if device == "cuda" else [])
             cases = [(f"{t}, {w}, {b}", lambda t=t, w=w, b=b: mlp(t, w, b, device=device)) for t, w, b in shapes]

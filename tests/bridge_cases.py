@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,21 +23,31 @@ TASKS = ("b", "c", "a")  # not sorted, so that a mix-up of the orders shows
 
 
 class Config(NamedTuple):
-    route: str  # "fork": wrapped trunk, wrapped heads; "inside": one wrapper, forked in it; "from": functional heads
+    # "fork": wrapped trunk, wrapped heads; "inside": one wrapper, forked in it; "trunk": a wrapped trunk, and heads
+    # that are functions of replicated parameters, whose gradients the loop averages itself.
+    route: str
     wrapper: str  # "ddp" or "fsdp"
     balancer: str
     at: str  # "z" or "W"
     micro: int  # micro-batches per rank and step
 
 
+def least_conflict(state: gn.State, seen: gn.Seen) -> Any:
+    """Less weight for what conflicts with the others."""
+    inverse = seen.gramian.diagonal().rsqrt()
+    return seen.num_active * seen.softmax((seen.gramian * inverse[:, None] * inverse).sum(1)), ()
+
+
 BALANCERS = {
     "gradnorm": lambda where: gn.gradnorm(where=where, alpha=0.8),
     "fixed_ratio": lambda where: gn.fixed_ratio([1.0, 2.0, 3.0], where=where, decay=0.9),
     "static": lambda where: gn.static([0.5, 1.0, 2.0], where=where, norms=True),
+    "gramian": lambda where: gn.balancer(least_conflict, needs="gramian", same_step=True, where=where),
 }
+SAME_STEP = ("fixed_ratio", "gramian")  # whose weights are of this very step
 CONFIGS = [
     Config(route, wrapper, balancer, at, micro)
-    for route in ("fork", "inside", "from")
+    for route in ("fork", "inside", "trunk")
     for wrapper in ("ddp", "fsdp")
     for balancer in BALANCERS
     for at in (("z", "W") if route != "inside" else ("z",))
@@ -51,10 +62,13 @@ FEW = [
     Config("inside", "ddp", "gradnorm", "z", 2),
     Config("inside", "fsdp", "fixed_ratio", "z", 1),
     Config("inside", "fsdp", "gradnorm", "z", 3),
-    Config("from", "ddp", "gradnorm", "W", 3),
-    Config("from", "ddp", "fixed_ratio", "z", 1),
-    Config("from", "fsdp", "fixed_ratio", "W", 1),
-    Config("from", "fsdp", "static", "z", 2),
+    Config("trunk", "ddp", "gradnorm", "W", 3),
+    Config("trunk", "ddp", "fixed_ratio", "z", 1),
+    Config("trunk", "fsdp", "fixed_ratio", "W", 1),
+    Config("trunk", "fsdp", "static", "z", 2),
+    Config("fork", "ddp", "gramian", "z", 1),
+    Config("fork", "fsdp", "gramian", "W", 3),
+    Config("inside", "fsdp", "gramian", "z", 2),
 ]
 
 
@@ -79,12 +93,14 @@ TASKS_DICT = dict.fromkeys(TASKS)
 def make_model() -> Model:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Model({
-            "trunk": nn.Sequential(nn.Linear(5, 6), nn.Tanh()),
-            "last": nn.Linear(6, 4),
-            "a": nn.Linear(4, 2),
-            "b": nn.Linear(4, 1),
-        }).double()  # fmt: skip
+        return Model(
+            {
+                "trunk": nn.Sequential(nn.Linear(5, 6), nn.Tanh()),
+                "last": nn.Linear(6, 4),
+                "a": nn.Linear(4, 2),
+                "b": nn.Linear(4, 1),
+            }
+        ).double()
 
 
 def make_batch(step: int) -> dict[str, torch.Tensor]:
@@ -125,7 +141,11 @@ def functional_loss(model: Model, linear: bool) -> Any:
 
 def lagged(config: Config) -> bool:
     """With micro-batches, this step's weights are not known before its last one: those of the step before it serve."""
-    return config.balancer == "fixed_ratio" and config.micro > 1
+    return config.balancer in SAME_STEP and config.micro > 1
+
+
+def needs(config: Config) -> Any:
+    return "gramian" if config.balancer == "gramian" else "norms"
 
 
 def reference(config: Config, steps: int) -> History:
@@ -139,7 +159,7 @@ def reference(config: Config, steps: int) -> History:
     for step in range(steps):
         batch = make_batch(step)
         if lagged(config):
-            stats = gn.measure(params, loss_fn, batch, weights=state.weights, where=where)
+            stats = gn.measure(params, loss_fn, batch, weights=state.weights, where=where, needs=needs(config))
             grads, (state, info) = stats.grads, balancer.balance(state, stats)
         else:
             grads, state, info = balancer.grad(state, params, loss_fn, batch)
@@ -205,17 +225,30 @@ class Wrapped:
                 self.trunk = lambda x: last(trunk(x))
                 self.wrapped = [trunk, last, *self.heads.values()]
         else:
-            linear = config.at == "W"
-            self.loss_fn = functional_loss(self.model, linear)
-            kept = ("last", "a", "b") if linear else ("a", "b")
+            self.loss_fn = functional_loss(self.model, linear=False)
+            kept = ("last", "a", "b") if config.at == "W" else ("a", "b")
             self.replicated = [name for name in self.named if name.split(".")[0] in kept]
             self.trunk = nn.Sequential(self.model["trunk"])
-            if not linear:
-                self.trunk.extend([self.model["last"], nn.Tanh()])
+            if config.at == "z":
+                self.trunk.append(self.model["last"])
             self.trunk = wrap(config.wrapper, self.trunk)
             self.wrapped = [self.trunk]
         if config.wrapper == "fsdp":  # they have other parameters now
             self.named = dict(self.model.named_parameters())
+
+    def forward(self, batch: Any) -> Any:
+        """(losses, copies)"""
+        if self.config.route == "inside":
+            return self.whole(batch)
+        y = self.trunk(batch["x"])
+        if self.config.route == "fork":
+            copies = gn.fork(torch.tanh(y), TASKS_DICT)
+            return losses_of(self.heads, copies, batch), copies
+        params = {name: self.named[name] for name in self.replicated}
+        if self.config.at == "W":
+            y = nn.functional.linear(y, params["last.weight"], params["last.bias"])
+        copies = gn.fork(torch.tanh(y), TASKS_DICT)
+        return {task: head(params, copies[task], batch) for task, head in self.loss_fn.heads.items()}, copies
 
     def step(self, balancer: gn.Balancer, state: Any, batches: list[Any], reduce: Any, share: Any) -> Any:
         """.grad is written, and this is (state, info)."""
@@ -225,49 +258,24 @@ class Wrapped:
             count, factor = len(batch["x"]), share(len(batch["x"]))
             with ExitStack() as stack:
                 set_sync(stack, self.wrapped, k == len(batches) - 1)
-                if config.route == "from":
-                    params = {name: self.named[name] for name in self.replicated}
-                    z = self.trunk(batch["x"])
-                    options = {"where": None if config.at == "z" else "last.weight", "num_examples": count}
-                    if config.balancer == "fixed_ratio" and not lagged(config):
-                        found, nothing = gn.measure_from(z, params, self.loss_fn, batch, **options)
-                        assert nothing == ()
-                        new = balancer.balance(state, reduce(found))
-                        options["norms"] = False
-                        found, cotangent = gn.measure_from(
-                            z, params, self.loss_fn, batch, weights=new[1].weights, **options
-                        )
-                    else:
-                        found, cotangent = gn.measure_from(
-                            z, params, self.loss_fn, batch, weights=state.weights, **options
-                        )
-                    gn.backward_from(z, cotangent, scale=factor)
-                    stats.append(found)
-                    continue
-                if config.route == "inside":
-                    losses, copies = self.whole(batch)
-                else:
-                    copies = gn.fork(torch.tanh(self.trunk(batch["x"])), TASKS_DICT)
-                    losses = losses_of(self.heads, copies, batch)
+                losses, copies = self.forward(batch)
                 place = (
                     {"copies": copies} if config.at == "z" else {"where": {"last.weight": self.named["last.weight"]}}
                 )
-                if config.balancer == "fixed_ratio" and not lagged(config):
-                    new = balancer.balance(state, reduce(gn.measure_losses(losses, **place, num_examples=count)))
+                measure = partial(gn.measure_losses, losses, **place, needs=needs(config), num_examples=count)
+                if config.balancer in SAME_STEP and not lagged(config):
+                    new = balancer.balance(state, reduce(measure()))
                     (factor * weighted(new[1].weights, losses)).backward()
                 elif config.at == "z" and config.route == "inside":  # of the one backward pass
                     (factor * weighted(state.weights, losses)).backward()
-                    used = {"weights": state.weights, "scale": factor}
-                    stats.append(gn.measure_losses(losses, **place, **used, num_examples=count))
+                    stats.append(measure(weights=state.weights, scale=factor))
                 else:
-                    stats.append(gn.measure_losses(losses, **place, num_examples=count))
+                    stats.append(measure())
                     (factor * weighted(state.weights, losses)).backward()
-        if stats:
-            reduced = reduce(gn.merge(*stats))
-            new = new or balancer.balance(state, reduced)
-            if self.replicated:
-                gn.write_grads({name: self.named[name] for name in self.replicated}, reduced.grads)
-        return new
+        for name in self.replicated:
+            dist.all_reduce(self.named[name].grad)
+            self.named[name].grad /= dist.get_world_size()
+        return new or balancer.balance(state, reduce(gn.merge(*stats)))
 
 
 def train(config: Config, steps: int, rank: int, ranks: int, break_it: str = "") -> History:
@@ -333,11 +341,16 @@ def sharded(rank: int, ranks: int) -> dict[str, Any]:
             for vectorize in (True, False):
                 with implicit_replication():
                     stats = gn.measure(
-                        params, bare if engine == "general" else loss_fn, batch,
-                        weights=ones, where=where, vectorize=vectorize,
-                    )  # fmt: skip
-                plain = (*stats[:3], *([] if stats.task_grads == () else stats.task_grads.values()))\
-                    if where else stats[:3]  # fmt: skip
+                        params,
+                        bare if engine == "general" else loss_fn,
+                        batch,
+                        weights=ones,
+                        where=where,
+                        vectorize=vectorize,
+                    )
+                plain = (
+                    (*stats[:3], *([] if stats.task_grads == () else stats.task_grads.values())) if where else stats[:3]
+                )
                 assert not any(isinstance(leaf, DTensor) for leaf in plain)
                 assert all(stats.grads[name].placements == p.placements for name, p in params.items())
                 grads = {name: grad.full_tensor() for name, grad in stats.grads.items()}

@@ -42,21 +42,27 @@ def tasks_changed(losses, state):
 CALLS = {
     # a state, and what comes after it
     "params first": (
-        lambda s: gn.gradnorm_grad(P, s, GENERAL, B), "state=dict has no weights: the order of arguments is (state,"
+        lambda s: gn.gradnorm_grad(P, s, GENERAL, B),
+        "state=dict has no weights: the order of arguments is (state,",
     ),
     "loss_fn first": (lambda s: gn.gradnorm_update(GENERAL, s, P, B), "state=function has no weights"),
     "loss_fn before params": (
-        lambda s: gn.gradnorm_grad(s, GENERAL, P, B), "the order of arguments is (state, params, loss_fn, batch)"
+        lambda s: gn.gradnorm_grad(s, GENERAL, P, B),
+        "the order of arguments is (state, params, loss_fn, batch)",
     ),
     "state of fixed_ratio": (
         lambda s: gn.gradnorm_grad(FIXED.init(3), P, SEAM, B),
-        "state is a FixedRatioState, not a GradNormState: make one with gn.init_state(T)",
+        "state is a State, not a GradNormState: make one with gn.init_state(T)",
     ),
     "state for fixed_ratio": (
         lambda s: FIXED.grad(s, P, SEAM, B),
-        "state is a GradNormState, not a FixedRatioState: make one with gn.fixed_ratio(...).init(T)",
+        "state is a GradNormState, not a State: make one with the balancer's own init(T)",
     ),
-    "state for static": (lambda s: STATIC.grad(s, P, SEAM, B), "state is a GradNormState, not a StaticState"),
+    "state for static": (lambda s: STATIC.grad(s, P, SEAM, B), "state is a GradNormState, not a State"),
+    "state of another rule": (
+        lambda s: STATIC.grad(FIXED.init(3), P, SEAM, B),
+        "the state was made by another balancer",
+    ),
     "state of sgd": (
         lambda s: gn.gradnorm_grad(fresh(optimizer=gn.sgd(0.1)), P, SEAM, B),
         "the state holds SGDState, but this optimizer keeps AdamState: give init_state and the updates the same",
@@ -65,18 +71,18 @@ CALLS = {
     # number of tasks
     "tasks, general": (lambda s: gn.gradnorm_grad(fresh(2), P, GENERAL, B), tasks_changed(3, 2)),
     "tasks, general at W": (
-        lambda s: gn.gradnorm_grad(fresh(4), P, GENERAL, B, where="trunk.1.weight"), tasks_changed(3, 4)
+        lambda s: gn.gradnorm_grad(fresh(4), P, GENERAL, B, where="trunk.1.weight"),
+        tasks_changed(3, 4),
     ),
     "tasks, seam": (lambda s: gn.gradnorm_grad(fresh(2), P, SEAM, B), tasks_changed(3, 2)),
     "tasks, separable": (lambda s: gn.gradnorm_grad(fresh(2), torch.ones(2), separable, B), tasks_changed(3, 2)),
-    "tasks, stacked": (
-        lambda s: gn.gradnorm_grad(s, STACKED_PARAMS, stacked, torch.ones(4, 3)), tasks_changed(5, 3)
-    ),
+    "tasks, stacked": (lambda s: gn.gradnorm_grad(s, STACKED_PARAMS, stacked, torch.ones(4, 3)), tasks_changed(5, 3)),
     "tasks, update": (lambda s: gn.gradnorm_update(fresh(2), P, SEAM, B), tasks_changed(3, 2)),
     "tasks, fixed_ratio": (lambda s: FIXED.grad(FIXED.init(2), P, SEAM, B), tasks_changed(3, 2)),
     "tasks, balance": (lambda s: gn.gradnorm_balance(s, stats([1.0, 2.0], [1.0, 2.0])), tasks_changed(2, 3)),
     "tasks, norms": (
-        lambda s: gn.gradnorm_balance(s, stats([1.0, 2.0, 3.0], [1.0, 2.0])), "grad_norms has 2 entries, but there are 3 tasks"
+        lambda s: gn.gradnorm_balance(s, stats([1.0, 2.0, 3.0], [1.0, 2.0])),
+        "grad_norms has 2 entries, but there are 3 tasks",
     ),
     "one loss": (
         lambda s: gn.gradnorm_grad(s, P, lambda p, b: {"a": p["trunk.0"].sum()}, B),
@@ -101,7 +107,8 @@ CALLS = {
         "has_aux=True, so loss_fn must return (losses, aux), not dict",
     ),
     "no aux, seam": (
-        lambda s: gn.gradnorm_grad(s, P, SEAM, B, has_aux=True), "multi_task_loss was made with has_aux=False"
+        lambda s: gn.gradnorm_grad(s, P, SEAM, B, has_aux=True),
+        "multi_task_loss was made with has_aux=False",
     ),
     # params and where
     "no params": (lambda s: gn.gradnorm_grad(s, {}, GENERAL, B), "params has no leaves"),
@@ -117,28 +124,38 @@ CALLS = {
     "one unknown of two": (lambda s: gn.gradnorm_grad(s, P, SEAM, B, where=["trunk", "haed"]), "where='haed' matches"),
     "no where": (lambda s: gn.gradnorm_grad(s, P, SEAM, B, where=[]), "where=[] selects no parameter; give a path"),
     "where never": (
-        lambda s: gn.gradnorm_grad(s, P, SEAM, B, where=lambda path: False), "selects no parameter; the paths are"
+        lambda s: gn.gradnorm_grad(s, P, SEAM, B, where=lambda path: False),
+        "selects no parameter; the paths are",
     ),
     # hyperparameters
     "alpha": (lambda s: gn.gradnorm_grad(s, P, SEAM, B, alpha=-0.5), "alpha=-0.5 must be at least 0: 0 aims at equal"),
     "alpha NaN": (lambda s: gn.gradnorm_update(s, P, SEAM, B, alpha=NAN), "alpha=nan must be at least 0"),
     "alpha of the factory": (lambda s: gn.gradnorm(alpha=-1), "alpha=-1 must be at least 0"),
-    "floor": (lambda s: gn.gradnorm_balance(s, stats([1, 2, 3]), floor=0.0), "floor=0.0 is relative to the mean weight"),
+    "floor": (
+        lambda s: gn.gradnorm_balance(s, stats([1, 2, 3]), floor=0.0),
+        "floor=0.0 is relative to the mean weight",
+    ),
     "burn_in": (lambda s: gn.gradnorm(burn_in=-1), "burn_in=-1 counts steps from 0"),
     "initial_decay": (lambda s: gn.gradnorm(initial_decay=1.5), "initial_decay=1.5 must lie in [0, 1]"),
-    "norm_ratios": (lambda s: gn.gradnorm_balance(s, stats([1, 2, 3]), norm_ratios=[1, 2]), "norm_ratios has 2 entries"),
+    "norm_ratios": (
+        lambda s: gn.gradnorm_balance(s, stats([1, 2, 3]), norm_ratios=[1, 2]),
+        "norm_ratios has 2 entries",
+    ),
     "negative norm_ratios": (
-        lambda s: gn.gradnorm_balance(s, stats([1, 2, 3]), norm_ratios=[1, -2, 1]), "norm_ratios=[1, -2, 1] must be positive"
+        lambda s: gn.gradnorm_balance(s, stats([1, 2, 3]), norm_ratios=[1, -2, 1]),
+        "norm_ratios=[1, -2, 1] must be positive",
     ),
     "torch's optimizer": (
-        lambda s: gn.gradnorm_grad(s, P, SEAM, B, optimizer=torch.optim.Adam), "must be gn.sgd(lr), gn.adam(lr) or"
+        lambda s: gn.gradnorm_grad(s, P, SEAM, B, optimizer=torch.optim.Adam),
+        "must be gn.sgd(lr), gn.adam(lr) or",
     ),
     "sgd rate": (lambda s: gn.sgd(-0.1), "learning_rate=-0.1 must be positive; to freeze the weights pass update=Fal"),
     "adam rate": (lambda s: gn.adam(0), "learning_rate=0 must be positive"),
     "adam decay": (lambda s: gn.adam(0.1, b2=1.0), "b2=1.0 must lie in [0, 1)"),
     "adam eps": (lambda s: gn.adam(0.1, eps=0.0), "eps=0.0 must be positive"),
     "no norms": (
-        lambda s: gn.gradnorm_balance(s, gn.TaskStats([1.0, 2.0, 3.0])), "stats has no grad_norms: measure(..., norms=True)"
+        lambda s: gn.gradnorm_balance(s, gn.TaskStats([1.0, 2.0, 3.0])),
+        "stats has no grad_norms: take them by measure(..., needs='norms')",
     ),
     "no norms, fixed_ratio": (lambda s: FIXED.balance(FIXED.init(2), gn.TaskStats([1.0, 2.0])), "no grad_norms"),
     # mask
@@ -147,7 +164,8 @@ CALLS = {
         "mask=[False, False, False] leaves no task: skip this batch, or pass update=False",
     ),
     "nothing present, dict": (
-        lambda s: gn.gradnorm_balance(s, stats([1, 2, 3]), mask=dict.fromkeys("abc", False)), "leaves no task"
+        lambda s: gn.gradnorm_balance(s, stats([1, 2, 3]), mask=dict.fromkeys("abc", False)),
+        "leaves no task",
     ),
     "mask length": (
         lambda s: gn.gradnorm_grad(s, P, SEAM, B, mask=torch.tensor([True, False])),
@@ -167,7 +185,7 @@ CALLS = {
     # multi_task_loss
     "one head": (lambda s: gn.multi_task_loss(lambda p, b: b, [len]), "heads has 1 task(s); balancing needs at least"),
     "train on nothing": (lambda s: gn.train(P, SEAM, []), "batches is empty: there was nothing to train on"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CALLS)
@@ -224,6 +242,20 @@ def test_a_learning_rate_that_is_not_finite_leaves_the_state(log_space):
     assert same_bits(new, state)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda s: gn.gradnorm_grad(s, P, SEAM, B, chunksize=2),
+        lambda s: gn.gradnorm_update(s, P, SEAM, B, chunksize=2),
+        lambda s: gn.gradnorm().grad(s, P, SEAM, B, chunksize=2),
+        lambda s: FIXED.update(FIXED.init(3), P, SEAM, B, chunksize=2),
+    ],
+)
+def test_a_misspelt_option(call):
+    with pytest.raises(TypeError, match="chunksize"):
+        call(fresh())
+
+
 @pytest.mark.parametrize("mask", [torch.zeros(3, dtype=torch.bool), dict.fromkeys("abc", torch.tensor(False))])
 def test_a_mask_tensor_false_everywhere_leaves_the_state(mask):
     """Its values cannot be looked at without waiting for the device, so it is no error."""
@@ -264,7 +296,7 @@ def test_zero_norms_are_reported_and_harmless():
 
 def test_numbers_arrays_and_numpy_scalars_are_as_good_as_tensors():
     expected, _ = gn.gradnorm_balance(fresh(weights=[0.1, 0.2, 0.7]), stats([1.1, 2.2, 3.3]))
-    assert expected.total.item() == pytest.approx(1.0, rel=1e-15), "numbers must not pass through float32"
+    assert expected.weight_sum.item() == pytest.approx(1.0, rel=1e-15), "numbers must not pass through float32"
     for make in (
         list,
         tuple,

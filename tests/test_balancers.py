@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toys import BALANCERS, leaves, make_batch, make_params, make_problem, same_bits
 
 import gradnorm_func as gn
+from gradnorm_func._balance.guard import due
 
 F64 = torch.float64
 GRADNORMS = [name for name in BALANCERS if name.startswith("gradnorm")]
@@ -143,9 +144,13 @@ def test_mask_update_and_hyperparameters_as_tensors_are_one_graph_too():
     state = eager_state = gn.init_state(3, dtype=F64)
     for t in range(6):
         arguments = (
-            problem.params, make_batch(t), torch.tensor(0.3 * t, dtype=F64), torch.tensor(0.01 * (t + 1), dtype=F64),
-            {"t0": torch.tensor(t != 2), "t1": torch.tensor(True), "t2": torch.tensor(t < 4)}, torch.tensor(t != 3),
-        )  # fmt: skip
+            problem.params,
+            make_batch(t),
+            torch.tensor(0.3 * t, dtype=F64),
+            torch.tensor(0.01 * (t + 1), dtype=F64),
+            {"t0": torch.tensor(t != 2), "t1": torch.tensor(True), "t2": torch.tensor(t < 4)},
+            torch.tensor(t != 3),
+        )
         grads, state, _ = compiled(state, *arguments)
         eager_grads, eager_state, _ = step(eager_state, *arguments)
         assert_close((grads, state), (eager_grads, eager_state))
@@ -167,11 +172,19 @@ class NoHostSync(TorchDispatchMode):
 @paths
 def test_the_device_is_never_waited_for(name, path):
     balancer, state, params, loss_fn, batch = setup(name, path)
-    options = {} if name == "user" else {"mask": torch.tensor([True, False, True]), "update": torch.tensor(True)}
+    if name == "equal-norms":  # whose turn it is may be asked of a CPU, where it costs nothing
+        balancer = gn.equal_norms(where=PATHS[path][1], every=1)
+    options = {"mask": torch.tensor([True, False, True]), "update": torch.tensor(True)}
     for _ in range(2):
         with NoHostSync():
             _, state, _ = balancer.grad(state, params, loss_fn, batch, **options)
             balancer.update(state, params, loss_fn, batch, **options)
+
+
+def test_whose_turn_it_is_is_asked_of_a_cpu_only():
+    state = gn.equal_norms(every=2).init(2, device="meta")
+    assert isinstance(due(state, 2, True), torch.Tensor)
+    assert due(gn.equal_norms().init(2), 2, True) is True
 
 
 def test_the_watch_for_host_syncs_sees_them():
@@ -258,7 +271,7 @@ def permuted(tree, order, num_tasks):
     return [leaf[..., order] if leaf.shape[-1:] == (num_tasks,) else leaf for leaf in leaves(tree)]
 
 
-@every
+@pytest.mark.parametrize("name", [name for name in BALANCERS if name != "rlw"])  # which draws by the task's number
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_permuting_tasks_permutes_everything(name, data):
@@ -331,7 +344,8 @@ def test_a_convex_toy_is_solved(name, path):
         grads, state, _ = balancer.grad(state, params, loss_fn, x)
         gn.write_grads(params, grads)
         optimizer.step()
-    assert (torch.stack(list(loss_fn(params, x))) < 0.02 * first).all()
+    # MGDA goes where the smallest gradient points, which takes longer.
+    assert (torch.stack(list(loss_fn(params, x))) < (0.2 if name == "mgda" else 0.02) * first).all()
 
 
 @every
@@ -343,12 +357,13 @@ def test_micro_batches_merge_to_the_whole_batch(name, path, sizes):
     balancer, state, params, loss_fn, batch = setup(name, path)
     where = PATHS[path][1]
     _, state, _ = run(balancer, state, params, loss_fn, 2)
-    full = gn.measure(params, loss_fn, batch, weights=state.weights, where=where)
-    parts, at = [], 0
+    needs = "gramian" if name == "mgda" else "norms"
+    measure = functools.partial(gn.measure, params, loss_fn, weights=state.weights, where=where, needs=needs)
+    full, parts, start = measure(batch), [], 0
     for size in sizes:
-        part = tuple(x[at : at + size] for x in batch)
-        parts.append(gn.measure(params, loss_fn, part, weights=state.weights, where=where, num_examples=float(size)))
-        at += size
+        part = tuple(x[start : start + size] for x in batch)
+        parts.append(measure(part, num_examples=float(size)))
+        start += size
     merged = gn.merge(*parts)
     assert_close(merged.grads, full.grads)
     assert_close(balancer.balance(state, merged), balancer.balance(state, full))
@@ -357,8 +372,6 @@ def test_micro_batches_merge_to_the_whole_batch(name, path, sizes):
 @every
 @paths
 def test_a_step_that_is_not_finite_changes_nothing(name, path):
-    if name == "user":
-        pytest.skip("twenty lines without this guard")
     balancer, state, params, loss_fn, batch = setup(name, path)
     _, state, _ = run(balancer, state, params, loss_fn, 2)
     for bad in (torch.nan, torch.inf):

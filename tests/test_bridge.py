@@ -191,7 +191,8 @@ def test_norms_at_parameters(name):
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
 
 
-def test_stats_merge_exactly():
+@pytest.mark.parametrize("needs", ["norms", "gramian"])
+def test_stats_merge_exactly(needs):
     model, batch = cases.make_model(), cases.make_batch(0)
     params = dict(model.named_parameters())
     for place in ("z", "W"):
@@ -200,11 +201,13 @@ def test_stats_merge_exactly():
             piece = {name: value[part] for name, value in batch.items()}
             losses, copies = model(piece)
             at = {"copies": copies} if place == "z" else {"where": {"last.weight": model["last"].weight}}
-            parts.append(gn.measure_losses(losses, **at, num_examples=len(piece["x"])))
+            parts.append(gn.measure_losses(losses, **at, needs=needs, num_examples=len(piece["x"])))
         where = None if place == "z" else "last.weight"
-        expected = gn.measure(params, cases.functional_loss(model, linear=False), batch, where=where)
-        for field in ("losses", "grad_norms", "example_norms", "task_grads"):
-            torch.testing.assert_close(getattr(gn.merge(*parts), field), getattr(expected, field), rtol=1e-10, atol=0)
+        expected = gn.measure(params, cases.functional_loss(model, linear=False), batch, where=where, needs=needs)
+        for field in ("losses", "grad_norms", "square_norms", "example_norms", "gramian", "task_grads"):
+            torch.testing.assert_close(
+                getattr(gn.merge(*parts), field), getattr(expected, field), rtol=1e-10, atol=1e-15
+            )
 
 
 def test_a_task_of_weight_zero():
@@ -213,6 +216,8 @@ def test_a_task_of_weight_zero():
     sum(w[k] * losses[task] for k, task in enumerate("abc")).backward()
     norms = gn.measure_losses(losses, copies, weights=w).grad_norms
     assert norms.isnan().tolist() == [True, False, False]
+    gramian = gn.measure_losses(losses, copies, weights=w, needs="gramian").gramian
+    assert gramian.isnan().tolist() == [[True, True, True], [True, False, False], [True, False, False]]
 
 
 def test_gradient_scaler():
@@ -286,110 +291,100 @@ def test_bad_losses():
         gn.measure_losses(cases.losses_of(model, frozen, batch), frozen)
 
 
-# measure_from and backward_from
+# What the engines measure, by plain autograd
 
 
-def heads_only(case):
-    """The names of what the heads read, for a trunk that is a module."""
-    names = [name for name, _ in case.model.named_parameters()]
-    return [name for name in names if name.startswith("heads")]
-
-
-@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("needs", ["norms", "gramian"])
 @pytest.mark.parametrize("name", ["mlp", "cnn", "transformer", "embedding", "two_z"])
-def test_measure_from_equals_measure(name, weights):
-    """At z, and at W among the heads' parameters and in the last shared layer, given as a function and as linear."""
+def test_equal_to_measure(name, needs):
+    """At z, and at W among the heads' parameters, in the last shared layer, and in both."""
     case = make(name)
-    w = torch.tensor([WEIGHTS[task] for task in sorted(case.tasks)], dtype=F64) if weights else None
-    places = [("within", None), ("within", "heads"), ("within", lambda path: path.startswith("heads.a"))]
-    if case.last:
-        places += [(kind, where) for kind in ("function", "linear") for where in (None, f"{case.last}.weight")]
-        places += [("linear", [case.last, "heads.b"]), ("linear", [case.last])]
-    for last, where in places:
+    places = [None, "heads", lambda path: path.startswith("heads.a")]
+    places += [f"{case.last}.weight", [case.last, "heads.b"], [case.last]] if case.last else []
+    for where in places:
         model = copy.deepcopy(case.model)
-        params = dict(model.named_parameters())
-        own = {p: v for p, v in params.items() if p.startswith("heads") or (last != "within" and case.last in p)}
-        loss_fn = case.seam(last)
-        expected = gn.measure(case.params(), loss_fn, case.batch, weights=w, where=where, has_aux=case.has_aux)
+        losses, copies = classic(case, model)
+        w = weights_of(losses)
+        expected = gn.measure(
+            case.params(), case.seam("within"), case.batch, weights=w, where=where, needs=needs, has_aux=case.has_aux
+        )
         expected = expected[0] if case.has_aux else expected
         assert expected.grad_norms.sum() > 0
-        for _ in range(2):  # the engine learns from its first pass what the heads read
-            m = Classic(model)
-            h = case.backbone(m, case.batch)
-            z = case.through_last(m, h) if last == "within" else h
-            before = optree.tree_map(torch.clone, (z, own))
-            out = gn.measure_from(z, own, loss_fn, case.batch, weights=w, where=where, has_aux=case.has_aux)
-            stats, cotangent, *aux = out
-            assert len(aux) == case.has_aux
-            assert same_bits(before, (z, own))
-            for field in ("losses", "grad_norms", "example_norms", "task_grads"):
-                torch.testing.assert_close(
-                    getattr(stats, field), getattr(expected, field), rtol=1e-10, atol=1e-13, check_dtype=True
-                )
-            if not weights:
-                assert cotangent == () == stats.grads
-                continue
-            model.zero_grad()
-            gn.backward_from(z, cotangent)
-            assert set(stats.grads) == set(own)
-            for path, parameter in params.items():
-                found = stats.grads[path] if path in own else parameter.grad
-                torch.testing.assert_close(found, expected.grads[path], rtol=1e-10, atol=1e-13)
-                assert not found.requires_grad
-                assert (parameter.grad is None) == (path in own)
+        place = {"where": {path: model.get_parameter(path) for path in case.paths(where)}} if where else {}
+        before = optree.tree_map(torch.clone, (losses, copies, dict(model.named_parameters())))
+        stats = gn.measure_losses(losses, **(place or {"copies": copies}), needs=needs)
+        assert same_bits(before, (losses, copies, dict(model.named_parameters())))
+        assert all(p.grad is None for p in model.parameters())
+        for field in ("losses", "grad_norms", "square_norms", "example_norms", "gramian", "task_grads"):
+            torch.testing.assert_close(
+                getattr(stats, field), getattr(expected, field), rtol=1e-10, atol=1e-13, check_dtype=True
+            )
+        sum(w_i * losses[task] for w_i, task in zip(w, gn.task_names(losses), strict=True)).backward()
+        for path, parameter in model.named_parameters():
+            found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            torch.testing.assert_close(found, expected.grads[path], rtol=1e-10, atol=1e-13)
 
 
-def test_a_predicate_does_not_see_z():
-    model, batch = cases.make_model(), cases.make_batch(0)
-    loss_fn = cases.functional_loss(model, linear=False)
-    params = {name: p for name, p in model.named_parameters() if name[0] in "ab"}
-    z = torch.tanh(model["last"](model["trunk"](batch["x"])))
-    every, named = (
-        gn.measure_from(z, params, loss_fn, batch, where=where)[0] for where in (lambda path: True, list(params))
-    )
-    assert set(every.task_grads) == set(params)
-    assert same_bits(every, named)
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_gramian(name):
+    """Against inner products of a loop's gradients: before the backward pass, and after it, signs mixed."""
+    case = make(name)
+    losses, copies = classic(case, copy.deepcopy(case.model))
+    tasks = gn.task_names(losses)
+    rows = case.reference(None, at_z=True).rows
+    flat = torch.stack([torch.cat([leaf.flatten() for leaf in rows[task]]) for task in tasks])
+    expected = flat @ flat.T
+    off = expected - torch.diag(expected.diag())
+    assert off.abs().max() > 0
+    w = weights_of(losses) * torch.tensor([-1.0, 1.0, 1.0, 1.0], dtype=F64)[: len(tasks)]
+    before = [gn.measure_losses(losses, copies, needs="gramian", scale=scale) for scale in (1.0, 8.0)]
+    (2.5 * sum(w_i * losses[task] for w_i, task in zip(w, tasks, strict=True))).backward()
+    after = gn.measure_losses(losses, copies, weights=w, scale=2.5, needs="gramian")
+    for stats in (*before, after):
+        torch.testing.assert_close(stats.gramian, expected, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(stats.grad_norms, expected.diag().sqrt(), rtol=1e-10, atol=0)
+        assert not stats.gramian.requires_grad
 
 
 def test_stacked_heads():
     torch.manual_seed(1)
     trunk = nn.Linear(5, 4).double()
-    params = {"heads.w": torch.randn(3, 4, dtype=F64)}
+    heads = torch.randn(3, 4, dtype=F64, requires_grad=True)
     x, y = torch.randn(8, 5, dtype=F64), torch.randn(8, 3, dtype=F64)
-    heads = gn.stacked_heads(lambda p, z, y: (z @ p["w"] - y).square().mean(), "heads", batch_dims=1)
-    loss_fn = gn.multi_task_loss(lambda params, y: trunk(x), heads)
-    z = trunk(x)
-    stats, cotangent = gn.measure_from(z, params, loss_fn, y, weights=W)
-    z_leaf = z.detach().requires_grad_()
-    rows = [
-        torch.autograd.grad((z_leaf @ u - t).square().mean(), z_leaf)[0]
-        for u, t in zip(params["heads.w"], y.T, strict=True)
-    ]
-    torch.testing.assert_close(stats.grad_norms, torch.stack([row.norm() for row in rows]))
-    torch.testing.assert_close(cotangent, sum(w * row for w, row in zip(W, rows, strict=True)))
+    copies = gn.fork(trunk(x), 3)
+    losses = torch.func.vmap(lambda w, z, t: (z @ w - t).square().mean())(heads, torch.stack(copies), y.T)
+    stats = gn.measure_losses(losses, copies, needs="gramian")
+    z = trunk(x).detach().requires_grad_()
+    rows = torch.stack(
+        [
+            torch.autograd.grad((z @ u - t).square().mean(), z)[0].flatten()
+            for u, t in zip(heads.detach(), y.T, strict=True)
+        ]
+    )
+    assert rows.norm() > 0
+    torch.testing.assert_close(stats.gramian, rows @ rows.T)
+    torch.testing.assert_close(stats.grad_norms, rows.norm(dim=1))
+    (W @ losses).backward()
+    torch.testing.assert_close(trunk.bias.grad, (W @ rows).reshape(8, 4).sum(0))
 
 
-@pytest.mark.parametrize("how", ["compiled", "checkpointed", "plain"])
-def test_trunks_that_torch_func_does_not_take(how):
+# Dynamo asks a copy, which is no leaf, for its gradient, and hides the warning, but not where warnings are errors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("how", ["compiled", "compiled heads", "checkpointed", "plain"])
+def test_parts_that_torch_func_does_not_take(how):
     model, batch = cases.make_model(), cases.make_batch(0)
     trunk = nn.Sequential(model["trunk"], model["last"], nn.Tanh())
     run = {
         "compiled": lambda: torch.compile(trunk, backend="aot_eager")(batch["x"]),
         "checkpointed": lambda: checkpoint(trunk, batch["x"], use_reentrant=False),
-        "plain": lambda: trunk(batch["x"]),
-    }[how]
+    }.get(how, lambda: trunk(batch["x"]))
+    heads = {name: model[name] for name in "ab"}
+    if how == "compiled heads":
+        heads = {name: torch.compile(head, backend="aot_eager") for name, head in heads.items()}
     params, loss_fn = dict(model.named_parameters()), cases.functional_loss(model, linear=False)
     expected = gn.measure(params, loss_fn, batch, weights=W)
-    z = run()
-    heads = {name: p for name, p in params.items() if name[0] in "ab"}
-    stats, cotangent = gn.measure_from(z, heads, loss_fn, batch, weights=W)
-    gn.backward_from(z, cotangent)
-    torch.testing.assert_close(stats.grad_norms, expected.grad_norms, rtol=1e-12, atol=0)
-    for name, p in params.items():
-        torch.testing.assert_close(p.grad if name not in heads else stats.grads[name], expected.grads[name])
-    model.zero_grad()
     copies = gn.fork(run(), TASKS_DICT)
-    losses = cases.losses_of(model, copies, batch)
+    losses = cases.losses_of(heads, copies, batch)
     torch.testing.assert_close(gn.measure_losses(losses, copies).grad_norms, expected.grad_norms, rtol=1e-12, atol=0)
     sum(w * losses[name] for name, w in zip("abc", W, strict=True)).backward()
     torch.testing.assert_close({name: p.grad for name, p in params.items()}, expected.grads)
@@ -398,77 +393,38 @@ def test_trunks_that_torch_func_does_not_take(how):
 def test_batch_norm_in_the_trunk_sees_each_batch_once():
     case = make("cnn")
     model = copy.deepcopy(case.model)
-    z = model["last"](model["trunk"](case.batch["x"]))
-    params = {name: p for name, p in model.named_parameters() if name.startswith("heads")}
-    gn.measure_from(z, params, case.seam("within"), case.batch, weights=W, has_aux=True)
-    trunk = {name: b for name, b in model.named_buffers() if name.startswith("trunk")}
-    expected = {name: b for name, b in case.new_buffers().items() if name.startswith("trunk")}
-    assert len(trunk) == 3
-    assert same_bits(trunk, expected)
+    losses, copies = classic(case, model)
+    gn.measure_losses(losses, copies)
+    sum(losses.values()).backward()
+    found = dict(model.named_buffers())
+    assert len([name for name in found if name.startswith("trunk")]) == 3
+    assert same_bits(found, case.new_buffers())
 
 
-# Dynamo asks a z that is no leaf for its gradient, and hides the warning, but not where warnings are errors.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_a_compiled_measure_from():
-    model, batch = cases.make_model(), cases.make_batch(0)
-    loss_fn = cases.functional_loss(model, linear=True)
-    params = {name: p for name, p in model.named_parameters() if not name.startswith("trunk")}
-    step = lambda z, params, batch: gn.measure_from(z, params, loss_fn, batch, weights=W, where="last.weight")
-    z = model["trunk"](batch["x"])
-    expected = step(z, params, batch)  # first: what it learns of the heads must not disturb the compiler
-    found = torch.compile(step, fullgraph=True, backend="aot_eager")(z, params, batch)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
-
-
-def test_the_cotangent_has_the_dtype_of_z():
+def test_gradients_at_z_have_the_dtype_of_z():
     model, batch = cases.make_model().float(), {k: v.float() for k, v in cases.make_batch(0).items()}
     with torch.autocast("cpu", torch.bfloat16):
         z = torch.tanh(model["last"](model["trunk"](batch["x"])))
-    wide = gn.multi_task_loss(
-        lambda params, batch: z,
-        [lambda params, z, batch: z.float().sum(), lambda params, z, batch: z.float().exp().sum()],
-    )
-    stats, cotangent = gn.measure_from(z, {}, wide, batch, weights=torch.ones(2))
-    assert cotangent.dtype == torch.bfloat16
-    assert stats.grad_norms.dtype == torch.float32
-    gn.backward_from(z, cotangent, scale=torch.tensor(2.0))
+    one, two = gn.fork(z, 2)
+    losses = [one.float().sum(), two.float().exp().sum()]
+    for needs in ("norms", "gramian"):
+        stats = gn.measure_losses(losses, [one, two], needs=needs)
+        assert stats.grad_norms.dtype == stats.square_norms.dtype == torch.float32
+    (2.0 * sum(losses)).backward()
+    assert one.grad.dtype == torch.bfloat16
     assert model["last"].weight.grad.isfinite().all()
+    assert model["last"].weight.grad.norm() > 0
 
 
 def test_nothing_is_written_for_a_loss_that_is_not_finite():
     model, batch = cases.make_model(), cases.make_batch(0)
-    loss_fn, balancer = cases.functional_loss(model, linear=True), gn.gradnorm()
-    state = balancer.init(3, dtype=F64)
-    params = {name: p for name, p in model.named_parameters() if not name.startswith("trunk")}
-    z = model["trunk"](batch["x"])
-    stats, _ = gn.measure_from(z, params, loss_fn, batch | {"a": batch["a"] * torch.nan}, weights=state.weights)
-    new, info = balancer.balance(state, stats)
-    assert not info.finite
-    assert same_bits(new, state)
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_bad_z():
-    model, batch = cases.make_model(), cases.make_batch(0)
-    loss_fn = cases.functional_loss(model, linear=True)
-    params = {name: p for name, p in model.named_parameters() if not name.startswith("trunk")}
-    z = model["trunk"](batch["x"])
-    with pytest.raises(ValueError, match="z has no graph"):
-        gn.measure_from(z.detach(), params, loss_fn, batch)
-    with pytest.raises(ValueError, match=r"inside a torch\.func transform"):
-        torch.func.grad(lambda z: gn.measure_from(z, params, loss_fn, batch)[0].losses.sum())(z.detach())
-    with pytest.raises(ValueError, match="a loss with a seam"):
-        gn.measure_from(z, params, lambda params, batch: params, batch)
-    with pytest.raises(ValueError, match="a loss with a seam"):
-        gn.measure_from(z, params, gn.multi_task_loss(None, [lambda p, b: p, lambda p, b: p]), batch)
-    with pytest.raises(ValueError, match="params=list must be a dict"):
-        gn.measure_from(z, list(params.values()), loss_fn, batch)
-    with pytest.raises(ValueError, match=r"params has no 'b\.weight'"):
-        gn.measure_from(z, {name: p for name, p in params.items() if name[0] != "b"}, loss_fn, batch)
-    with pytest.raises(ValueError, match="for 2 tasks"):
-        gn.measure_from(z, params, loss_fn, batch, weights=W[:2])
-    with pytest.raises(ValueError, match="structure of z"):
-        gn.backward_from(z, ())
+    for balancer, needs in ((gn.gradnorm(), "norms"), (gn.mgda(), "gramian")):
+        state = balancer.init(3, dtype=F64)
+        losses, copies = model(batch | {"a": batch["a"] * torch.nan})
+        new, info = balancer.balance(state, gn.measure_losses(losses, copies, needs=needs))
+        assert not info.finite
+        assert same_bits(new, state)
+        assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_module_dict_names_the_copies():

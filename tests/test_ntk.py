@@ -7,6 +7,7 @@ import torch
 from toys import leaves, make_batch, make_problem, ntk, residual_at, same_bits
 
 import gradnorm_func as gn
+from gradnorm_func._balance.ntk import ntk_kernels
 
 F64 = torch.float64
 
@@ -38,7 +39,7 @@ def test_five_steps_equal_the_rule(chunk_size):
         expected = kernels_by_loop(RESIDUALS, params, dict.fromkeys(RESIDUALS, batch))
         assert (expected > 0).all()
         grads, state, info = balancer.grad(state, params, problem.seam, batch)
-        torch.testing.assert_close(info.kernels, expected, rtol=1e-10, atol=0)
+        torch.testing.assert_close(info.memory, expected, rtol=1e-10, atol=0)
         torch.testing.assert_close(info.weights, w, rtol=1e-10, atol=0)
         plain = gn.measure(params, problem.general, batch, weights=w, needs="losses")
         torch.testing.assert_close(grads, plain.grads, rtol=1e-10, atol=1e-13)
@@ -87,7 +88,7 @@ def test_micro_batches_average():
     mean = sum(ntk_kernels(residuals, params, half) for half in halves) / 2
     torch.testing.assert_close(mean, ntk_kernels(residuals, params, whole), rtol=1e-12, atol=0)
     state = gn.ntk(residuals).init(2, dtype=F64)
-    new, info = gn.ntk(residuals).balance(state, gn.NTKStats([1.0, 2.0], mean))
+    new, info = gn.ntk(residuals).balance(state, gn.TaskStats([1.0, 2.0], extra=mean))
     torch.testing.assert_close(new.weights, 0.9 + 0.1 * mean.mean() / mean)
     assert info.total_loss == 3
 
@@ -105,7 +106,7 @@ def test_no_graph_is_left_on_parameters_that_require_grad():
 def test_a_residual_without_gradient_keeps_its_weight():
     balancer = ntk(2, momentum=0.0)
     state = balancer.init(2, dtype=F64, weights=[0.7, 1.0])
-    new, info = balancer.balance(state, gn.NTKStats([1.0, 1.0], [0.0, 4.0]))
+    new, info = balancer.balance(state, gn.TaskStats([1.0, 1.0], extra=torch.tensor([0.0, 4.0])))
     assert info.finite
     assert new.weights.tolist() == [0.7, 0.5]
 
@@ -114,7 +115,7 @@ def test_a_residual_without_gradient_keeps_its_weight():
 def test_a_kernel_that_is_not_finite_changes_nothing(bad):
     balancer = ntk(2)
     state = balancer.init(2, dtype=F64)
-    new, info = balancer.balance(state, gn.NTKStats([1.0, 1.0], [bad, 4.0]))
+    new, info = balancer.balance(state, gn.TaskStats([1.0, 1.0], extra=torch.tensor([bad, 4.0])))
     assert not info.finite
     assert same_bits(new, state)
 
@@ -128,7 +129,7 @@ def test_update_false_measures_no_kernel():
     _, new, info = balancer.grad(state, problem.params, problem.seam, problem.batch, update=False)
     assert not calls
     assert same_bits(new, state)
-    assert info.kernels.isnan().all()
+    assert info.memory.isnan().all()
     balancer.update(state, problem.params, problem.seam, problem.batch)
     assert calls
 
@@ -147,17 +148,24 @@ def test_update_false_measures_no_kernel():
         ),
         (
             lambda: ntk(2).balance(ntk(2).init(2), gn.TaskStats([1.0, 1.0], [1.0, 1.0])),
-            r"stats is a TaskStats, but this rule looks at kernels",
+            r"stats has no kernels, one for each task: this rule looks at them and not at gradient norms",
         ),
         (
-            lambda: ntk(2).balance(ntk(2).init(2), gn.NTKStats([1.0, 1.0], [1.0, 1.0, 1.0])),
-            r"kernels has 3 entries, but there are 2 tasks",
+            lambda: ntk(2).balance(ntk(2).init(2), gn.TaskStats([1.0, 1.0], extra=torch.ones(3))),
+            r"stats has no kernels, one for each task",
         ),
         (
             lambda: ntk(2).grad(ntk(2).init(3), make_problem().params, make_problem().seam, make_batch()),
             r"residuals has the names \['t0', 't1'\], but the losses are \['t0', 't1', 't2'\]",
         ),
-        (lambda: ntk(2).balance(gn.init_state(2), gn.NTKStats([1.0, 1.0], [1.0, 1.0])), r"not a NTKState"),
+        (
+            lambda: ntk(2).balance(ntk(2).init(2), gn.TaskStats([1.0, 1.0], extra=[1.0, 1.0])),
+            r"give TaskStats\(losses, extra=kernels\)",
+        ),
+        (
+            lambda: ntk(2).balance(gn.init_state(2), gn.TaskStats([1.0, 1.0], extra=torch.ones(2))),
+            r"is a GradNormState, not a State",
+        ),
     ],
 )
 def test_mistakes_name_the_argument(make, message):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from typing import Any
@@ -255,21 +254,54 @@ in_the_loss = lambda p, b: classic_squares(p, b["inside"]).mean()
 with_the_batch = lambda p, b: torch.autograd.grad(u(p, b["inside"]).sum(), b["inside"], create_graph=True)[0].norm()
 
 
+@pytest.mark.parametrize("where", ["mid", None])
 @pytest.mark.parametrize("form", ["separable", "plain", "seam"])
 @pytest.mark.parametrize("loss", [in_the_loss, with_the_batch])
-def test_classic_residual_is_refused_with_the_remedy(loss: Any, form: str) -> None:
+def test_classic_residual_within_a_loss(loss: Any, form: str, where: Any) -> None:
+    """By requires_grad_() and torch.autograd.grad, on a copy of the points or on the batch itself."""
     params, batch = problem()
     batch["inside"].requires_grad_(loss is with_the_batch)
-    losses = {"inside": loss, "edge": edge}
-    forms = {
-        "separable": lambda: gn.multi_task_loss(None, losses),
-        "plain": lambda: lambda p, b: {name: f(p, b) for name, f in losses.items()},
-        "seam": lambda: gn.multi_task_loss(
-            lambda p, b: b["edge"] @ p["in"], {name: lambda p, z, b, f=f: f(p, b) for name, f in losses.items()}
-        ),
-    }
-    with pytest.raises(RuntimeError, match=re.escape("balance(state, gn.TaskStats(losses, grad_norms))")):
-        gn.gradnorm_grad(gn.init_state(2, **D), params, forms[form](), batch, where="mid")
+    losses = {"inside": loss, "edge": edge, "start": start}
+    if form == "seam" and where is None:
+        # The trunk holds the residual, and z is made of it.
+        residual = lambda p, b: loss(p, b).reshape(1, 1)
+        loss_fn = gn.multi_task_loss(
+            residual,
+            {
+                "inside": lambda p, z, b: z.sum(),
+                "edge": lambda p, z, b: edge(p, b) + 0 * z.sum() + z.square().sum(),
+                "start": lambda p, z, b: start(p, b) * z.sum(),
+            },
+        )
+        values = lambda theta: loss_fn(theta, batch)
+    else:
+        values = lambda theta: {name: losses[name](theta, batch) for name in sorted(losses)}
+        loss_fn = {
+            "separable": lambda: gn.multi_task_loss(None, losses),
+            "plain": lambda: lambda p, b: {name: f(p, b) for name, f in losses.items()},
+            "seam": lambda: gn.multi_task_loss(
+                lambda p, b: b["edge"] @ p["in"], {name: lambda p, z, b, f=f: f(p, b) for name, f in losses.items()}
+            ),
+        }[form]()
+    state = gn.init_state(3, weights=WEIGHTS, **D)
+    before = [leaf.detach().clone() for leaf in leaves(params, batch)]
+    grads, new, info = gn.gradnorm_grad(state, params, loss_fn, batch, where=where)
+    assert same_bits(before, leaves(params, batch))
+    assert batch["inside"].grad is None
+    assert not any(leaf.requires_grad for leaf in leaves(grads, new, info))
+    theta = {name: leaf.clone().requires_grad_() for name, leaf in params.items()}
+    ref = reference(values(theta), [theta[name] for name in sorted(theta)], WEIGHTS)
+    assert_same_sum([grads[name] for name in sorted(grads)], ref.total)
+    if form == "seam" and where is None:
+        z = loss_fn.backbone(params, batch).detach().requires_grad_()
+        ones = {name: head(params, z, batch) for name, head in loss_fn.heads.items()}
+        norms = torch.stack([norm(torch.autograd.grad(ones[name], z)) for name in sorted(ones)])
+    else:
+        k = sorted(params).index("mid")
+        rows = ref.rows.values() if where is None else ([row[k]] for row in ref.rows.values())
+        norms = torch.stack([norm(row) for row in rows])
+    assert (norms > 0).all()
+    assert_near(info.grad_norms, norms)
 
 
 def test_other_errors_of_the_loss_come_through() -> None:

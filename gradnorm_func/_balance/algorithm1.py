@@ -33,7 +33,7 @@ class GradNormInfo(NamedTuple):
     inverse_rates: Tensor  # (T,) r_i
     balance_loss: Tensor  # () Σ |G_i - target_i|
     total_loss: Tensor  # () Σ w_i L_i
-    finite: Tensor  # () bool: False means that the state was left as it was
+    finite: Tensor = ()  # type: ignore[assignment]  # () bool, by the guard: False if the state was left as it was
 
 
 class Algorithm1(NamedTuple):
@@ -56,7 +56,8 @@ class Algorithm1(NamedTuple):
         norms = w * seen.norms  # G_i = w_i ‖∇_W L_i‖
         targets = self.targets(norms, rates, seen)  # mean_j G_j · r_i^α
         gaps = norms - targets
-        grad = gaps.sign() * seen.norms  # ∂/∂w_i of L_grad = Σ_i |G_i − target_i|, the targets being constant
+        # ∂/∂w_i of L_grad = Σ_i |G_i − target_i|, the targets being constant; the sign of NaN is 0, hence the last term
+        grad = gaps.sign() * seen.norms + 0 * gaps
         moved, moments = self.descended(state, grad, seen)
         moved = self.renormalised(state, moved, seen)  # Σ w_i as it was
         new = GradNormState(moved, initial_losses, state.step, state.weight_sum, moments)
@@ -64,20 +65,16 @@ class Algorithm1(NamedTuple):
 
     def inverse_rates(self, state: GradNormState, seen: Seen) -> tuple[Tensor, Tensor]:
         """L(0), of a task's first loss that is not 0, and r. With α = 0 rates are only reported."""
-        losses = seen.losses
-        unset = state.initial_losses.isnan()
+        losses, initial = seen.losses, state.initial_losses
+        unset = initial.isnan()
         if self.burn_in is not None:
             unset = unset | (state.step == self.burn_in)
-        initial = state.initial_losses
         if isinstance(self.initial_decay, Tensor) or self.initial_decay != 1:
             decay = torch.as_tensor(self.initial_decay, dtype=losses.dtype, device=losses.device)
-            initial = torch.lerp(losses, initial, decay)
-        usable = seen.where(losses.isfinite() & (losses != 0))
-        initial = torch.where(usable, torch.where(unset, losses, initial), state.initial_losses)
-        ratios = torch.where(initial.isnan(), 1.0, losses / initial)
-        mean = seen.mean(ratios)
-        solved = mean == 0
-        return initial, torch.where(solved, 1.0, ratios / torch.where(solved, 1.0, mean))
+            initial = torch.where(losses == 0, initial, torch.lerp(losses, initial, decay))
+        initial = torch.where(unset & (losses != 0), losses, initial)
+        ratios = _one_for_nan(losses / initial)
+        return initial, _one_for_nan(ratios / seen.mean(ratios))
 
     def targets(self, norms: Tensor, rates: Tensor, seen: Seen) -> Tensor:
         """(T,) what the norms of the weighted gradients should be."""
@@ -101,7 +98,7 @@ class Algorithm1(NamedTuple):
 
     def renormalised(self, state: GradNormState, moved: Tensor, seen: Seen) -> Tensor:
         """Above the floor, and with the sum that the weights of the present tasks had."""
-        moved = torch.maximum(moved, self.floor * state.weight_sum / moved.shape[0])
+        moved = torch.maximum(moved, self.floor / moved.shape[0] * state.weight_sum)
         budget = state.weight_sum if seen.mask is None else seen.sum(state.weights)
         return moved * (budget / seen.sum(moved))
 
@@ -119,9 +116,14 @@ class Algorithm1(NamedTuple):
         optim.check_moments(self.optimizer, state.weights, state.moments)
 
 
+def _one_for_nan(x: Tensor) -> Tensor:
+    """Where nothing is known yet, or all tasks are solved, a ratio counts as 1."""
+    return x.nan_to_num(1.0, torch.inf, -torch.inf)
+
+
 def _info(seen: Seen, weights: Tensor, targets: Tensor, rates: Tensor, gaps: Tensor) -> GradNormInfo:
-    total, balance_loss = seen.sum(weights * seen.losses), seen.sum(gaps.abs())
-    return GradNormInfo(seen.losses, weights, seen.norms, targets, rates, balance_loss, total, seen.finite(seen.losses))
+    balance_loss, total_loss = seen.sum(gaps.abs()), seen.dot(weights, seen.losses)
+    return GradNormInfo(seen.losses, weights, seen.norms, targets, rates, balance_loss, total_loss)
 
 
 def force(rates: Tensor, alpha: float | Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class Info(NamedTuple):
     grad_norms: Tensor  # (T,) ‖∇_W L_i‖, unweighted; NaN where they were not measured
     total_loss: Tensor  # () Σ w_i L_i
     memory: Any  # what the rule remembers after this step
-    finite: Tensor  # () bool: False means that the state was left as it was
+    finite: Tensor = ()  # type: ignore[assignment]  # () bool, by the guard: False if the state was left as it was
 
 
 # (state, seen) -> (weights (T,), what to remember)
@@ -95,7 +95,8 @@ def balancer(
         tensor([6., 7.])
     """
     check_every(every)
-    extra, kind = (needs, "losses") if callable(needs) else (None, needs)
+    extra = needs if callable(needs) else None
+    kind: Needs = "losses" if callable(needs) else needs
     default = weights
 
     def init(
@@ -139,15 +140,14 @@ class Simple(NamedTuple):
         weights, memory = self.rule(state, seen)
         weights = weights.to(state.weights.dtype)
         used = weights if self.same_step else state.weights
-        return State(weights, state.step, memory), self._info(state, seen, used, memory)
+        return State(weights, state.step, memory), self._info(seen, used, memory)
 
     def report(self, state: State, seen: Seen) -> Info:
         """Nothing moves."""
-        return self._info(state, seen, state.weights, state.memory)
+        return self._info(seen, state.weights, state.memory)
 
-    def _info(self, state: State, seen: Seen, weights: Tensor, memory: Any) -> Info:
-        total = seen.sum(weights * seen.losses)
-        return Info(seen.losses, weights, seen.norms, total, memory, seen.finite(seen.losses))
+    def _info(self, seen: Seen, weights: Tensor, memory: Any) -> Info:
+        return Info(seen.losses, weights, seen.norms, seen.dot(weights, seen.losses), memory)
 
 
 def check_every(every: int) -> None:

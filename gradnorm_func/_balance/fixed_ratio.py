@@ -51,9 +51,10 @@ def fixed_ratio(
         every: the weights move in every k-th step, as in `balancer`.
 
     Returns:
-        Balancer, with `state.memory` the moving averages. A state that has seen no step has the weights R ρ_i / Σ ρ_j, which only matter where weights from before the step are used
-        (`measure(..., weights=state.weights)`). With `micro_batches` or `reduce` a step takes two passes over the
-        batch, the first for the norms of the whole; what is random in the loss is drawn anew in the second.
+        Balancer, with `state.memory` the moving averages. A state that has seen no step has the weights R ρ_i / Σ ρ_j,
+        which only matter where weights from before the step are used (`measure(..., weights=state.weights)`). With
+        `micro_batches` or `reduce` a step takes two passes over the batch, the first for the norms of the whole; what
+        is random in the loss is drawn anew in the second.
 
     Raises:
         ValueError: for ratios that are negative, all zero or not T, or other hyperparameters out of range.

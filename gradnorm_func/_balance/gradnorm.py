@@ -140,8 +140,7 @@ def gradnorm(
     def init(num_tasks: int, **start: Any) -> GradNormState:
         return init_state(num_tasks, optimizer=method.optimizer, **start)
 
-    passes: Weighing[GradNormState, GradNormInfo] = Weighing(Guarded(method), where, False, "weighted", None)
-    return Balancer(init, passes, every)
+    return Balancer(init, Weighing(Guarded(method), where, False, "weighted", None), every)
 
 
 def gradnorm_balance(
@@ -182,7 +181,7 @@ def gradnorm_balance(
         >>> info.targets, state.weights
         (tensor([2., 2.]), tensor([0.7778, 1.2222]))
     """
-    method: Guarded[GradNormState, GradNormInfo] = Guarded(_method(alpha, optimizer, **hyper))
+    method = Guarded(_method(alpha, optimizer, **hyper))
     return method.balance(state, stats, mask, update)
 
 

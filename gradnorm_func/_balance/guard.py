@@ -2,99 +2,69 @@
 
 from __future__ import annotations
 
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from gradnorm_func._balance.seen import Seen, mask_vector, seen_of, without_absent
 from gradnorm_func._core import tree
-from gradnorm_func._core.numerics import choose, column
+from gradnorm_func._core.numerics import choose, column, full_precision
+from gradnorm_func._core.tracing import free_to_ask, no_graph
 from gradnorm_func._measure.plan import Needs
-from gradnorm_func._measure.tape import no_graph, traced
 from gradnorm_func._reduce.stats import TaskStats, present
 
-
-class BalancerState(Protocol):
-    """What every state has: the weights and the count of steps."""
-
-    @property
-    def weights(self) -> Tensor:
-        """(T,)"""
-
-    @property
-    def step(self) -> Tensor:
-        """() int64: steps so far"""
-
-    def _replace(self: S, **fields: Any) -> S: ...
+# A method's State, a NamedTuple with at least `weights` (T,) and `step`, and its Info, one with at least `losses`,
+# `weights`, `grad_norms`, `total_loss` and `finite`.
+S = TypeVar("S", bound=tuple[Any, ...])
+I = TypeVar("I", bound=tuple[Any, ...])  # noqa: E741
 
 
-class BalancerInfo(Protocol):
-    """What every Info has."""
-
-    @property
-    def losses(self) -> Tensor:
-        """(T,)"""
-
-    @property
-    def weights(self) -> Tensor:
-        """(T,) those that this step's gradient is made with"""
-
-    @property
-    def total_loss(self) -> Tensor:
-        """() Σ w_i L_i"""
-
-    @property
-    def finite(self) -> Tensor:
-        """() bool: False means that the state was left as it was"""
-
-    def _replace(self: I, **fields: Any) -> I: ...
-
-
-S = TypeVar("S", bound=BalancerState)
-I = TypeVar("I", bound=BalancerInfo)  # noqa: E741
-
-
-class Method(Protocol[S, I]):
+class Method(Protocol):
     """A method's own part: pure functions of its state and of T numbers, and what it wants to know."""
 
-    needs: Needs
-    every: int
+    @property
+    def needs(self) -> Needs:
+        """What it looks at."""
 
-    def check(self, state: S) -> None:
+    @property
+    def every(self) -> int:
+        """Its weights move in every k-th step."""
+
+    def check(self, state: Any) -> None:
         """Refuses a state of another method or optimizer."""
 
-    def step(self, state: S, seen: Seen) -> tuple[S, I]:
+    def step(self, state: Any, seen: Seen) -> tuple[Any, Any]:
         """The next state but for its count of steps, and what to log."""
 
-    def report(self, state: S, seen: Seen) -> I:
+    def report(self, state: Any, seen: Seen) -> Any:
         """What to log of a step in which nothing moves."""
 
 
-class Guarded(NamedTuple, Generic[S, I]):
+class Guarded(NamedTuple):
     """A method, guarded."""
 
-    method: Any
+    method: Method
 
-    def balance(self, state: S, stats: TaskStats, mask: Any, update: bool | Tensor) -> tuple[S, I]:
+    def balance(self, state: Any, stats: TaskStats, mask: Any, update: bool | Tensor) -> tuple[Any, Any]:
         """One step: all of it, or nothing of it where something is not finite."""
         method = self.method
         method.check(state)
         active = mask_vector(mask, state.weights)
-        with no_graph():
+        with no_graph(), full_precision(state.weights):
             raw = seen_of(state.weights, stats, active)
             seen = without_absent(raw)
             turn = due(state, method.every, update)
             if turn is False:
-                info: I = method.report(state, seen)
-                new, ok = state, info.finite
+                info = method.report(state, seen)
+                new, ok = state, raw.finite(raw.losses)
             else:
                 self._require(stats)
                 new, info = method.step(state, seen)
                 ok = raw.finite(*([raw.losses] if method.needs == "losses" else [raw.losses, raw.norms]), new.weights)
                 if isinstance(turn, Tensor):  # a step whose turn it is not needs finite losses only
                     unmeasured = seen._replace(norms=torch.full_like(seen.norms, torch.nan))
-                    ok = torch.where(turn, ok, seen.finite(raw.losses))
+                    ok = torch.where(turn, ok, raw.finite(raw.losses))
                     info = choose(turn, info, method.report(state, unmeasured))
             info = info._replace(finite=ok)
             if active is not None:
@@ -102,26 +72,27 @@ class Guarded(NamedTuple, Generic[S, I]):
             if update is False:
                 return state, info
             ok = accepted(ok, active, update)
-            if info.weights is not state.weights:  # a step that is refused is made with the old weights
-                applied = torch.where(ok if turn is True else ok & turn, info.weights, state.weights)
-                info = info._replace(weights=applied, total_loss=seen.sum(applied * seen.losses))
+            if info.weights is not state.weights:  # a step that is refused, and an absent task, keep the old weights
+                moves = ok if turn is True else ok & turn
+                applied = torch.where(moves if active is None else moves & active, info.weights, state.weights)
+                info = info._replace(weights=applied, total_loss=seen.dot(applied, seen.losses))
             return settled(new, state, ok, turn, active), info
 
     def _require(self, stats: TaskStats) -> None:
         field = {"norms": "grad_norms", "example_norms": "grad_norms", "gramian": "gramian"}.get(self.method.needs)
         if field is not None and not present(getattr(stats, field)):
             raise ValueError(
-                f"stats has no {field}: measure(..., needs={'norms' if field == 'grad_norms' else field!r}) takes them, "
-                "update=False needs none"
+                f"stats has no {field}: take them by measure(..., needs={self.method.needs!r}), or give update=False, "
+                "which needs none"
             )
 
 
-def due(state: BalancerState, every: int, update: bool | Tensor) -> bool | Tensor:
-    """Whether this is a step in which weights move: known beforehand, or, where asking would cost something, a tensor."""
+def due(state: Any, every: int, update: bool | Tensor) -> bool | Tensor:
+    """Whether weights move in this step: known beforehand or, where asking would cost something, a tensor."""
     if update is False or every == 1:
         return update is not False
     turn = state.step % every == 0
-    return turn if traced() or turn.device.type != "cpu" else bool(turn)
+    return bool(turn) if free_to_ask(turn) else turn
 
 
 def accepted(finite: Tensor, active: Tensor | None, update: bool | Tensor) -> Tensor:
@@ -130,24 +101,20 @@ def accepted(finite: Tensor, active: Tensor | None, update: bool | Tensor) -> Te
     return ok if isinstance(update, bool) else ok & torch.as_tensor(update, device=ok.device)
 
 
-def settled(new: S, old: S, ok: Tensor, turn: bool | Tensor, active: Tensor | None) -> S:
+def settled(new: Any, old: Any, ok: Tensor, turn: bool | Tensor, active: Tensor | None) -> Any:
     """The new state with its step counted, absent tasks as they were; the old one, all of it, if it is refused."""
     if active is not None and new is not old:
         new = _without_absent(active, new, old)
-    moves = ok if isinstance(turn, bool) else ok & turn
-    return _chosen(moves, new, old)._replace(step=torch.where(ok, old.step + 1, old.step))
+    if isinstance(turn, Tensor):
+        new = choose(turn, new, old)
+    return choose(ok, new._replace(step=old.step + 1), old)
 
 
-def _chosen(ok: Tensor, new: S, old: S) -> S:
-    """`choose`, but for leaves that are the same in both."""
-    return tree.tree_map(lambda a, b: a if a is b else torch.where(ok, a, b), new, old)  # type: ignore[no-any-return]
-
-
-def _without_absent(active: Tensor, new: S, old: S) -> S:
+def _without_absent(active: Tensor, new: Any, old: Any) -> Any:
     """The new state, with everything of the absent tasks as it was."""
     count = active.shape[0]
 
     def pick(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(column(active, a), a, b) if a.ndim and a.shape[0] == count and a is not b else a
 
-    return tree.tree_map(pick, new, old)  # type: ignore[no-any-return]
+    return tree.tree_map(pick, new, old)

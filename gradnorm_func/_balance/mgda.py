@@ -36,11 +36,11 @@ def mgda(*, where: Where = None, every: int = 1) -> Balancer[State, Info]:
         >>> info.weights
         tensor([0.8000, 0.2000])
 
-    Source: Sener & Koltun 2018, equation 4. Departures: the problem is solved exactly, theirs by Frank-Wolfe steps; at z
-    every example has coordinates of its own; heads learn from their own losses at weight 1.
+    Source: Sener & Koltun 2018, equation 4. Departures: the problem is solved exactly, theirs by Frank-Wolfe steps; at
+    z every example has coordinates of its own; heads learn from their own losses at weight 1.
     """
 
-    def rule(state: State, seen: Seen) -> tuple[Tensor, Tensor]:
+    def rule(_state: State, seen: Seen) -> tuple[Tensor, Tensor]:
         weights, gap = min_norm(seen.gramian, seen.active)
         return weights, gap
 

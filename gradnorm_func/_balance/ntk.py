@@ -17,7 +17,7 @@ from gradnorm_func._balance.seen import Seen
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import MultiTaskLoss
 from gradnorm_func._core.numerics import square_norms
-from gradnorm_func._measure.tape import inside_transform
+from gradnorm_func._core.tracing import inside_transform
 
 Residuals = Mapping[str, Callable[[Any, Any], Tensor]]
 
@@ -47,7 +47,7 @@ def ntk(
 
     Returns:
         Balancer, with `info.memory` the kernels K_i, NaN before they were measured. Its `balance` takes them as
-        `TaskStats(losses, extra=kernels)`. The `chunk_size` of grad and update is, as with all balancers, that of tasks.
+        `TaskStats(losses, extra=kernels)`. The `chunk_size` of grad and update is that of tasks, as everywhere.
 
     Raises:
         ValueError: for a momentum out of range, and from grad, update and balance as `ntk_kernels` does.
@@ -128,8 +128,8 @@ def ntk_kernels(
             )
 
         def square_norm(point: Any, name: str = name) -> Tensor:
-            def residual(own: list[Tensor]) -> Tensor:
-                out = residuals[name](tree.unflatten(treedef, own), point)
+            def residual(inputs: list[Tensor]) -> Tensor:
+                out = residuals[name](tree.unflatten(treedef, inputs), point)
                 if not isinstance(out, Tensor) or out.ndim != 0:
                     kind = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
                     raise ValueError(

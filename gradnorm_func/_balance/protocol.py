@@ -60,26 +60,26 @@ class Pass(NamedTuple):
 Goal: TypeAlias = Literal["stats", "gradient", "decide", "second"]
 
 
-class Passes(Protocol[S, I]):
+class Passes(Protocol):
     """How a method goes over a batch. Factors are what the trunk's gradient is made with: weights, or more."""
 
-    def known(self, state: S, job: Job) -> Any:
+    def known(self, state: Any, job: Job) -> Any:
         """The factors that are known before the pass; None if only this step's stats give them."""
 
-    def measure(self, state: S, job: Job, batch: Any, goal: Goal, factors: Any, examples: float | None) -> Pass:
+    def measure(self, state: Any, job: Job, batch: Any, goal: Goal, factors: Any, examples: float | None) -> Pass:
         """One pass; `examples` is the share of this part, None if it is the whole and nothing will be merged."""
 
-    def decide(self, state: S, stats: Any, job: Job) -> tuple[Any, Any]:
+    def decide(self, state: Any, stats: Any, job: Job) -> tuple[Any, Any]:
         """The factors that the stats of the whole give, and the decision, if one was made for them."""
 
-    def balance(self, state: S, stats: Any, mask: Any, update: bool | Tensor) -> tuple[S, I]:
+    def balance(self, state: Any, stats: Any, mask: Any, update: bool | Tensor) -> tuple[Any, Any]:
         """The next state, from the stats of the whole."""
 
 
 class Balancer(Generic[S, I]):
     """A balancing method with its hyperparameters bound: four pure functions."""
 
-    def __init__(self, init: Callable[..., S], passes: Passes[S, I], every: int = 1) -> None:
+    def __init__(self, init: Callable[..., S], passes: Passes, every: int = 1) -> None:
         self._init, self._passes = init, passes
         self.every = every  # the weights move in every k-th step; what is compiled is told by `update=`
 
@@ -178,6 +178,8 @@ class Balancer(Generic[S, I]):
         factors = self._passes.known(state, job)
         outcome = _over_batch(self._passes, state, job, "decide" if factors is None else "gradient", factors)
         stats = outcome.stats
+        new: Any
+        info: Any
         new, info = outcome.decision or self.balance(state, stats._replace(grads=()), mask=job.mask, update=job.update)
         if job.mask is not None or job.options.get("loss_scale") is not None:
             # An absent loss may be NaN, but then 0 * NaN may have got into the gradients; and float16 may overflow in
@@ -265,7 +267,7 @@ def _job(state: Any, params: Any, loss_fn: LossFn, batch: Any, has_aux: bool, op
     )
 
 
-def _over_batch(passes: Passes[Any, Any], state: Any, job: Job, goal: Goal, factors: Any) -> Pass:
+def _over_batch(passes: Passes, state: Any, job: Job, goal: Goal, factors: Any) -> Pass:
     """The stats of the whole batch and its aux: in one pass, or of the parts here and on all ranks."""
     if job.micro_batches is None and job.reduce is None:
         return passes.measure(state, job, job.batch, goal, factors, None)
@@ -278,7 +280,7 @@ def _over_batch(passes: Passes[Any, Any], state: Any, job: Job, goal: Goal, fact
     return Pass(first.stats._replace(grads=second.stats.grads), second.aux, decision)
 
 
-def _over_parts(passes: Passes[Any, Any], state: Any, job: Job, goal: Goal, factors: Any) -> Pass:
+def _over_parts(passes: Passes, state: Any, job: Job, goal: Goal, factors: Any) -> Pass:
     stats: Stats | None = None
     auxes = []
     for part, examples in split(job.batch, job.micro_batches):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import task_vector, wrong_count
-from gradnorm_func._measure.tape import constant
+from gradnorm_func._core.tracing import constant
 from gradnorm_func._reduce.stats import TaskStats, present
 
 
@@ -22,7 +22,7 @@ class Seen(NamedTuple):
 
     losses: Tensor  # (T,) L_i
     norms: Tensor  # (T,) ‖∇_W L_i‖, unweighted
-    example_norms: Any = ()  # (T,) mean over examples of ‖∂L_i/∂z_b‖; () unless asked for, and wherever W are parameters
+    example_norms: Any = ()  # (T,) mean over examples of ‖∂L_i/∂z_b‖; () unless asked for, and where W is not z
     gramian: Any = ()  # (T, T) ⟨∇_W L_i, ∇_W L_j⟩; () unless asked for
     extra: Any = ()  # what the method's own `needs` function returned
     mask: Tensor | None = None  # (T,) bool: the tasks that are present; None: all of them
@@ -33,13 +33,17 @@ class Seen(NamedTuple):
         return torch.ones_like(self.losses, dtype=torch.bool) if self.mask is None else self.mask
 
     @property
-    def count(self) -> int | Tensor:
+    def num_active(self) -> int | Tensor:
         """How many they are."""
         return self.losses.shape[0] if self.mask is None else self.mask.sum()
 
     def sum(self, x: Tensor) -> Tensor:
         """Over the tasks that are present; of the others x may be anything."""
         return x.sum() if self.mask is None else torch.where(self.mask, x, 0.0).sum()
+
+    def dot(self, x: Tensor, y: Tensor) -> Tensor:
+        """Σ x_i y_i over the tasks that are present."""
+        return torch.dot(x, y) if self.mask is None else self.sum(x * y)
 
     def mean(self, x: Tensor) -> Tensor:
         """Over the tasks that are present."""
@@ -55,7 +59,7 @@ class Seen(NamedTuple):
 
     def finite(self, *rows: Tensor) -> Tensor:
         """() bool: whether all of these are finite for the tasks that are present."""
-        ok = (rows[0] if len(rows) == 1 else torch.stack(rows)).isfinite()
+        ok = (rows[0] if len(rows) == 1 else torch.stack(rows)) * 0 == 0
         return ok.all() if self.mask is None else (ok | ~self.mask).all()
 
 
@@ -82,17 +86,17 @@ def seen_of(weights: Tensor, stats: TaskStats, mask: Tensor | None) -> Seen:
         if mask is not None:
             eye = torch.eye(count, dtype=gramian.dtype, device=gramian.device)
             gramian = torch.where(mask[:, None] & mask, gramian, eye)
-    extra = tree.tree_map(lambda leaf: constant(leaf.to(weights)), stats.extra)
+    extra = tree.tree_map(lambda leaf: constant(torch.as_tensor(leaf).to(weights)), stats.extra)
     return Seen(losses, norms, example_norms, gramian, extra, mask)
 
 
 def without_absent(seen: Seen) -> Seen:
     """With 1 for every number of an absent task, which may be anything, NaN too."""
-    if seen.mask is None:
+    mask = seen.mask
+    if mask is None:
         return seen
-    losses, norms, example_norms = tree.tree_map(
-        lambda row: torch.where(seen.mask, row, 1.0), (seen.losses, seen.norms, seen.example_norms)
-    )
+    rows = (seen.losses, seen.norms, seen.example_norms)
+    losses, norms, example_norms = tree.tree_map(lambda row: torch.where(mask, row, 1.0), rows)
     return seen._replace(losses=losses, norms=norms, example_norms=example_norms)
 
 

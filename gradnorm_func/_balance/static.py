@@ -19,7 +19,8 @@ def static(weights: Any = None, *, where: Where = None, norms: bool = False) -> 
         weights: T finite numbers in task order, or a pytree like the losses; None is 1 for every task. A zero
             leaves a task out of the sum.
         where: W, as in `measure`; only used with `norms`.
-        norms: True measures the gradient norms for the record. Without it a step costs what a plain one does.
+        norms: True measures the gradient norms for the record, also of tasks of weight 0, at the price of a second
+            backward pass through heads that own parameters. Without it a step costs what a plain one does.
 
     Returns:
         Balancer.
@@ -44,8 +45,9 @@ def static(weights: Any = None, *, where: Where = None, norms: bool = False) -> 
             raise ValueError(f"weights={weights!r} must be finite")
         return vector.detach().clone()
 
-    needs = "norms" if norms else "losses"
-    return balancer(lambda state, seen: (state.weights, ()), needs=needs, where=where, weights=start)
+    rule = lambda state, _seen: (state.weights, ())
+    # With cotangents that carry the weights, the norm of a task of weight 0 would be NaN: hence same_step for norms.
+    return balancer(rule, needs="norms" if norms else "losses", same_step=norms, where=where, weights=start)
 
 
 def mean_weights(weights: Any, *, start: int = 0) -> Tensor:

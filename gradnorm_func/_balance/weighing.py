@@ -1,24 +1,24 @@
-"""The passes of all methods that weigh the tasks: Σ w_i L_i, with weights from before the step or from its own stats."""
+"""The passes of all methods that weigh the tasks: with weights from before the step, or from its own stats."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from gradnorm_func._balance.guard import Guarded, I, S, due
+from gradnorm_func._balance.guard import Guarded, due
 from gradnorm_func._balance.protocol import Goal, Job, Pass
 from gradnorm_func._core.tree import Where
 from gradnorm_func._measure.measure import stats_of
-from gradnorm_func._measure.plan import Heads, Rule, plan_of
+from gradnorm_func._measure.plan import Heads, Needs, Rule, plan_of
 from gradnorm_func._reduce.stats import TaskStats
 
 
-class Weighing(NamedTuple, Generic[S, I]):
+class Weighing(NamedTuple):
     """How a method that weighs the tasks goes over a batch."""
 
-    guarded: Guarded[S, I]
+    guarded: Guarded
     where: Where
     same_step: bool
     heads: Heads
@@ -26,13 +26,13 @@ class Weighing(NamedTuple, Generic[S, I]):
         Callable[[Any, Any, Any], Any] | None
     )  # (params, loss_fn, batch) -> means over examples, which no engine measures
 
-    def known(self, state: S, job: Job) -> Tensor | None:
+    def known(self, state: Any, job: Job) -> Tensor | None:
         """The weights from before the step, if this step's stats do not choose them."""
         if self.same_step and due(state, self.guarded.method.every, job.update) is not False:
             return None
         return _of_active(state.weights, job.mask)
 
-    def measure(self, state: S, job: Job, batch: Any, goal: Goal, factors: Any, examples: float | None) -> Pass:
+    def measure(self, state: Any, job: Job, batch: Any, goal: Goal, factors: Any, examples: float | None) -> Pass:
         """One pass through the engine that fits the loss."""
         still = goal == "second" or due(state, self.guarded.method.every, job.update) is False
         extra = self.extra(job.params, job.loss_fn, batch) if self.extra is not None and not still else ()
@@ -42,7 +42,7 @@ class Weighing(NamedTuple, Generic[S, I]):
             return _of_active(decision[1].weights, job.mask), decision
 
         weights: Tensor | Rule | None = rule if goal == "decide" else factors
-        needs = "losses" if still else self.guarded.method.needs
+        needs: Needs = "losses" if still else self.guarded.method.needs
         plan = plan_of(
             job.params,
             job.loss_fn,
@@ -51,19 +51,19 @@ class Weighing(NamedTuple, Generic[S, I]):
             weights,
             needs,
             heads=self.heads,
-            task_grads=examples is not None,
+            merges=examples is not None,
             active=job.mask,
             **job.options,
         )
         stats, measured = stats_of(plan, 1.0 if examples is None else examples)
         return Pass(stats._replace(extra=extra), measured.aux, measured.decision)
 
-    def decide(self, state: S, stats: TaskStats, job: Job) -> tuple[Tensor, tuple[S, I]]:
+    def decide(self, state: Any, stats: TaskStats, job: Job) -> tuple[Tensor, tuple[Any, Any]]:
         """The rule, asked once, about the whole."""
         new, info = self.balance(state, stats, job.mask, job.update)
         return _of_active(info.weights, job.mask), (new, info)
 
-    def balance(self, state: S, stats: TaskStats, mask: Any, update: bool | Tensor) -> tuple[S, I]:
+    def balance(self, state: Any, stats: TaskStats, mask: Any, update: bool | Tensor) -> tuple[Any, Any]:
         """The method itself, guarded."""
         return self.guarded.balance(state, stats, mask, update)
 

@@ -53,23 +53,24 @@ def task_vector(losses: PyTree, name: str = "losses", dtype: torch.dtype | None 
         return losses
     leaves, _ = tree.flatten(losses)
     tensors = [leaf if isinstance(leaf, Tensor) else torch.as_tensor(leaf, dtype=dtype) for leaf in leaves]
-    for path, leaf in zip(tree.paths(losses), tensors, strict=True):
+    for i, leaf in enumerate(tensors):
         if leaf.ndim != 0:
             raise ValueError(
-                f"{name}[{path!r}] has shape {tuple(leaf.shape)}; a loss is one scalar: take its mean() or sum()"
+                f"{name}[{tree.paths(losses)[i]!r}] has shape {tuple(leaf.shape)}; a loss is one scalar: take its "
+                "mean() or sum()"
             )
     if not tensors:
         raise ValueError(f"{name} is empty: return one scalar per task")
     return torch.stack(tensors)
 
 
-def wrong_count(found: int, expected: int) -> str:
+def wrong_count(count: int, expected: int) -> str:
     """What to say when the losses are not as many as the weights."""
-    if found < 2:
-        return f"loss_fn returned {found} loss: there is nothing to balance, return one scalar per task"
+    if count < 2:
+        return f"loss_fn returned {count} loss: there is nothing to balance, return one scalar per task"
     return (
-        f"loss_fn returned {found} losses, but the state was made for {expected} tasks: "
-        f"init_state({found}) makes one for them; a task absent from some batches is what mask= is for"
+        f"loss_fn returned {count} losses, but the state was made for {expected} tasks: "
+        f"init_state({count}) makes one for them; a task absent from some batches is what mask= is for"
     )
 
 
@@ -175,19 +176,7 @@ def multi_task_loss(
     The engine gives each head its own copy of z, so one ordinary backward pass yields every
     :math:`\partial L_i / \partial z` separately: per-task gradients at the price of a plain training step.
 
-    A PINN has `backbone=None`: what its losses share are the parameters. Mind that
-
-    - derivatives with respect to the inputs are taken by `torch.func` (`grad`, `jvp`, `jacrev`) under `vmap` over the
-      points. `requires_grad_()` and `torch.autograd.grad` do not work inside torch.func; who keeps such a loss takes
-      the norms in the same way, `balance(state, gn.TaskStats(losses, norms))`, and steps on Σ w_i L_i as ever;
-    - GradNorm's L(0) should be given, `init_state(T, initial_losses=...)`, by the sizes of the terms: a fresh network
-      is nearly constant and solves many an equation, so that the first batch's L(0) of the residual says nothing;
-    - weights computed from the residuals themselves (causal, attention) need `.detach()`, or they are differentiated;
-    - points may be drawn in the loss (`torch.rand`), but not under the `vmap` over points, nor are those seen outside;
-    - with L-BFGS the weights stay as they are inside the closure, `balancer.grad(..., update=False)`, and move between
-      its steps, `state = balancer.update(state, params, loss_fn, batch)`;
-    - nested derivatives take Inductor a minute, and with torch 2.13 forward-mode ones (`jvp`) crash it:
-      `backend="aot_eager"` takes both, and any backend takes derivatives that are propagated by hand.
+    A PINN has `backbone=None`: what its losses share are the parameters. `docs/pinns.md` says what to mind there.
 
     Args:
         backbone: `backbone(params, batch) -> h`, the shared part: a tensor, or a pytree of tensors. None makes

@@ -11,6 +11,8 @@ import optree
 import torch
 from torch import Tensor
 
+from gradnorm_func._core.tracing import free_to_ask
+
 Tree = TypeVar("Tree")
 
 
@@ -27,7 +29,7 @@ def full_precision(like: Tensor) -> AbstractContextManager[Any]:
 
 def accum_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype to add up in: the widest of the tensors', but at least float32."""
-    return reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
+    return reduce(torch.promote_types, {x.dtype for x in tensors}, torch.float32)
 
 
 def promoted(x: Tensor) -> Tensor:
@@ -36,7 +38,9 @@ def promoted(x: Tensor) -> Tensor:
 
 
 def choose(ok: Tensor, new: Tree, old: Tree) -> Tree:
-    """`new` where ok, else `old`, leaf by leaf and without asking the device."""
+    """`new` where ok, else `old`, leaf by leaf and without waiting for a device."""
+    if ok.ndim == 0 and free_to_ask(ok):
+        return new if bool(ok) else old
     return optree.tree_map(lambda a, b: torch.where(ok, a, b), new, old)  # type: ignore[arg-type, return-value]
 
 

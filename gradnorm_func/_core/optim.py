@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.numerics import safe_sqrt
+from gradnorm_func._core.tracing import traced
 
 Schedule: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -53,12 +55,22 @@ def as_optimizer(optimizer: Any) -> Optimizer:
 
 def check_moments(optimizer: Optimizer, weights: Tensor, moments: Any) -> None:
     """Refuses a state that was made with another optimizer."""
-    expected = optimizer.init(weights)
-    if tree.flatten(expected)[1] != tree.flatten(moments)[1]:
+    expected = _structure(optimizer, weights) if traced() else _remembered(optimizer)
+    if expected != tree.flatten(moments)[1]:
         raise ValueError(
-            f"the state holds {type(moments).__name__}, but this optimizer keeps {type(expected).__name__}: "
+            f"the state holds {type(moments).__name__}, but this optimizer keeps "
+            f"{type(optimizer.init(weights)).__name__}: "
             "give init_state and the updates the same optimizer= (None is Adam at 0.025 in both)"
         )
+
+
+def _structure(optimizer: Optimizer, weights: Tensor) -> Any:
+    return tree.flatten(optimizer.init(weights))[1]
+
+
+@lru_cache(maxsize=64)
+def _remembered(optimizer: Optimizer) -> Any:
+    return _structure(optimizer, torch.ones(2))
 
 
 def sgd(learning_rate: float | Tensor | Schedule) -> Optimizer:
@@ -86,7 +98,7 @@ def sgd(learning_rate: float | Tensor | Schedule) -> Optimizer:
     def init(weights: Tensor) -> SGDState:
         return SGDState(torch.zeros((), dtype=torch.int64, device=weights.device))
 
-    def update(grad: Tensor, state: SGDState, weights: Tensor) -> tuple[Tensor, SGDState]:
+    def update(grad: Tensor, state: SGDState, _weights: Tensor) -> tuple[Tensor, SGDState]:
         return -_rate(learning_rate, state.step) * grad, SGDState(state.step + 1)
 
     return Optimizer(init, update)
@@ -134,19 +146,26 @@ def adam(
         count = torch.zeros((), dtype=torch.int64, device=weights.device)
         return AdamState(count, torch.zeros_like(weights), torch.zeros_like(weights))
 
-    def update(grad: Tensor, state: AdamState, weights: Tensor) -> tuple[Tensor, AdamState]:
+    def update(grad: Tensor, state: AdamState, _weights: Tensor) -> tuple[Tensor, AdamState]:
         count = state.step + 1
-        mean = b1 * state.mean + (1 - b1) * grad
-        square = b2 * state.square + (1 - b2) * grad * grad
+        mean = _mixed(grad, state.mean, b1)
+        square = _mixed(grad * grad, state.square, b2)
         power = count.to(grad.dtype)
-        # Stacked, or a compiler would inline the powers and take them again for every element.
-        correct_mean, correct_square = (1 - torch.stack([b1**power, b2**power])).unbind()
-        mean_hat = mean / correct_mean
-        square_hat = square / correct_square
-        step = -_rate(learning_rate, state.step) * mean_hat / (safe_sqrt(square_hat) + eps)
+        if traced():  # stacked, or a compiler would inline the powers and take them again for every element
+            mean_part, square_part = (1 - torch.stack([b1**power, b2**power])).unbind()
+            size = safe_sqrt(square / square_part)
+        else:
+            mean_part, square_part = 1 - b1**power, 1 - b2**power
+            size = (square / square_part).sqrt()
+        step = mean * -_rate(learning_rate, state.step) / ((size + eps) * mean_part)
         return step, AdamState(count, mean, square)
 
     return Optimizer(init, update)
+
+
+def _mixed(new: Tensor, old: Tensor, decay: float | Tensor) -> Tensor:
+    """decay · old + (1 − decay) · new."""
+    return decay * old + (1 - decay) * new if isinstance(decay, Tensor) else torch.lerp(new, old, decay)
 
 
 def _rate(learning_rate: float | Tensor | Schedule, count: Tensor) -> float | Tensor:

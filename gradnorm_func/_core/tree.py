@@ -14,6 +14,8 @@ PyTree: TypeAlias = Any
 # What holds parameters: a tensor, or nested dicts, lists, tuples and NamedTuples of tensors; but no module.
 Params = TypeVar("Params", bound=Tensor | Mapping[Any, Any] | Sequence[Any])
 Where: TypeAlias = str | Sequence[str] | Callable[[str], bool] | None
+# The same as an argument type, down to its leaves; a state is one, too.
+Tensors: TypeAlias = Tensor | Mapping[Any, "Tensors"] | Sequence["Tensors"]
 
 
 def flatten(tree: PyTree) -> tuple[list[Any], Any]:
@@ -64,10 +66,10 @@ def select(tree: PyTree, where: Where) -> list[int]:
     if where is None:
         return list(range(len(names)))
     if callable(where):
-        found = [i for i, name in enumerate(names) if where(name)]
-        if not found:
+        selected = [i for i, name in enumerate(names) if where(name)]
+        if not selected:
             raise ValueError(f"where={where!r} selects no parameter; the paths are {_shorten(names)}")
-        return found
+        return selected
     prefixes = [where] if isinstance(where, str) else list(where)
     if not prefixes:
         raise ValueError(

@@ -1,7 +1,8 @@
 """What lies between heads and trunk: from the T gradients at z to the one cotangent that goes on.
 
 Methods differ in their crossing and in nothing else. This is the crossing of all that weigh the tasks; RotoGrad has one
-of its own. "Norms at W" and "which weights" are two questions: `norms` and `linear` answer the first, `Plan` the second.
+of its own. "Norms at W" and "which weights" are two questions: `norms` and `linear` answer the first, `Plan` the
+second.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Trunk(NamedTuple):
     tape: Tape
     z: list[Tensor]  # leaves, the first axis of which is that of the examples
     z_treedef: Any
-    layer: tuple[Tensor, Tensor] | tuple[()]  # (h, y) of a `shared_linear`, z = activation(y)
+    layer: tuple[Tensor, ...]  # (h, y) of a `shared_linear`, z = activation(y); nothing otherwise
     trunk_losses: list[Tensor]  # losses of the trunk alone, which no head sees
     aux: Any
 
@@ -119,7 +120,7 @@ def _stats_at_w(plan: Plan, trunk: Trunk, at_z: AtZ, seeds: Tensor | None) -> Ta
     assert isinstance(plan.loss_fn.last_shared, SharedLinear)
     h, y = trunk.layer
     y_grads = linear.before_activation(plan.loss_fn.last_shared, y, z_grads[0])
-    if plan.needs == "gramian" or plan.task_grads:
+    if plan.needs == "gramian" or plan.merges or plan.task_grads:
         rows = linear.gradients(h, stacked(y_grads), layer)
         rows = [rows[layer.order.index(i)].to(plan.leaves[i].dtype) for i in plan.where]
         return stats_at_leaves(plan, losses, rows, seeds)

@@ -14,7 +14,7 @@ from gradnorm_func._core.loss import task_vector
 from gradnorm_func._core.numerics import promoted
 from gradnorm_func._measure.norms import stats_at_leaves
 from gradnorm_func._measure.plan import Measured, Plan, filled, split_aux, weighted_sum
-from gradnorm_func._measure.tape import tape
+from gradnorm_func._measure.tape import tape, without_graph
 from gradnorm_func._reduce.stats import TaskStats
 
 
@@ -26,7 +26,7 @@ def general(plan: Plan) -> Measured:
         return [task_vector(losses)], (losses, aux)
 
     run = tape(record, plan.leaves)
-    losses, (structure, aux) = run.outputs[0], run.aux
+    losses, structure, aux = run.outputs[0], without_graph(run.aux[0]), run.aux[1]
     plan, decision = plan.with_losses(losses)
     assert plan.where is not None
     rows: list[Tensor] = []  # (T, ...) for each leaf of W

@@ -29,16 +29,14 @@ class Leaves(NamedTuple):
 def leaves_of(layer: SharedLinear, plan: Plan) -> Leaves | None:
     """W as leaves of the layer; None if there is anything else in it. Names are looked up once for one structure."""
     assert plan.where is not None
-    if torch.compiler.is_compiling():
-        names = tuple(tree.paths(plan.params(plan.leaves)))
-    else:
-        names = _names(plan.treedef)
+    compiling = torch.compiler.is_compiling()  # which makes a constant of a tree without tensors
+    names = tuple(tree.paths(plan.params(plan.leaves))) if compiling else _names(plan.treedef)
     of_layer = [names.index(path) for path in (layer.weight, layer.bias) if path in names]
     if not set(plan.where) <= set(of_layer):
         return None
     in_w = [i for i in of_layer if i in plan.where]
-    chosen = [names[i] for i in in_w]
-    return Leaves(layer.weight in chosen, layer.bias in chosen, in_w)
+    paths = [names[i] for i in in_w]
+    return Leaves(layer.weight in paths, layer.bias in paths, in_w)
 
 
 @lru_cache(maxsize=64)

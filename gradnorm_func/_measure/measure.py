@@ -11,18 +11,19 @@ from torch import Tensor
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import LossFn, MultiTaskLoss, StackedHeads
-from gradnorm_func._core.tree import Where
+from gradnorm_func._core.tracing import no_graph
+from gradnorm_func._core.tree import Tensors, Where
 from gradnorm_func._measure.general import general
 from gradnorm_func._measure.plan import Heads, Measured, Plan, plan_of
 from gradnorm_func._measure.seam import seam
 from gradnorm_func._measure.separable import separable
 from gradnorm_func._measure.sharded import explain_sharded, sharded, whole_stats
-from gradnorm_func._measure.tape import fresh_casts, no_graph
+from gradnorm_func._measure.tape import fresh_casts, leaves_of, without_graph
 from gradnorm_func._reduce.stats import TaskStats
 
 
 def measure(
-    params: Any,
+    params: Tensors,
     loss_fn: LossFn,
     batch: Any,
     *,
@@ -89,49 +90,48 @@ def measure(
         rule,
         "example_norms" if needs == "norms" else needs,
         heads=heads,
-        task_grads=not norms_only,
+        merges=not norms_only,
         has_aux=has_aux,
         vectorize=vectorize,
         chunk_size=chunk_size,
         loss_scale=loss_scale,
     )
-    stats, measured = stats_of(plan, num_examples)
+    stats, measured = stats_of(plan, torch.as_tensor(num_examples))  # vmap returns tensors only
     return (stats, measured.aux) if has_aux else stats
 
 
 def stats_of(plan: Plan, num_examples: float | Tensor = 1.0) -> tuple[TaskStats, Measured]:
     """One pass: the stats as the user sees them, with trees for lists of leaves."""
-    if plan.where is None:
-        plan = plan._replace(task_grads=False)  # at z, squares and Gramians add up without them
     measured = run_engine(plan)
     stats: TaskStats = measured.stats
-    examples = torch.as_tensor(num_examples)  # vmap returns tensors only
     return stats._replace(
         task_grads=as_tree(plan, measured) if isinstance(stats.task_grads, list) else (),
         grads=plan.params(stats.grads) if isinstance(stats.grads, list) else (),
-        num_examples=examples,
+        num_examples=num_examples,
     ), measured
 
 
-def run_engine(plan: Plan, *, force_general: bool = False) -> Measured:
-    """The engine that fits the loss, run once."""
-    engine = _engine_for(plan, force_general)
+def run_engine(plan: Plan, engine: Callable[[Plan], Measured] | None = None) -> Measured:
+    """The engine that fits the loss, or another one, run once."""
+    engine = _engine_for(plan) if engine is None else engine
     compiling = torch.compiler.is_compiling()
     with no_graph(), nullcontext() if compiling else fresh_casts():
+        plan = plan._replace(leaves=leaves_of(plan.leaves))
         if not sharded(plan.leaves):
-            return engine(plan)
-        try:
             measured = engine(plan)
-        except ValueError:
-            raise
-        except Exception as error:
-            raise explain_sharded(plan, error) from error
-        return whole_stats(measured)
+        else:
+            try:
+                measured = whole_stats(engine(plan))
+            except ValueError:
+                raise
+            except Exception as error:
+                raise explain_sharded(plan, error) from error
+        return measured._replace(aux=without_graph(measured.aux)) if plan.has_aux else measured
 
 
-def _engine_for(plan: Plan, force_general: bool) -> Any:
+def _engine_for(plan: Plan) -> Callable[[Plan], Measured]:
     loss = plan.loss_fn
-    if not isinstance(loss, MultiTaskLoss) or force_general:
+    if not isinstance(loss, MultiTaskLoss):
         return general
     if loss.backbone is None:
         return separable
@@ -140,6 +140,15 @@ def _engine_for(plan: Plan, force_general: bool) -> Any:
         if set(inside) & set(plan.where):
             return general
     return seam
+
+
+def named_losses(plan: Plan, measured: Measured) -> Any:
+    """The losses in the structure in which the user's function returns them."""
+    loss = plan.loss_fn
+    if not isinstance(loss, MultiTaskLoss) or isinstance(loss.heads, StackedHeads):
+        return measured.losses
+    vector: Tensor = measured.stats.losses
+    return loss.structure(vector.unbind())
 
 
 def as_tree(plan: Plan, measured: Measured) -> Any:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._core.numerics import accum_dtype, diagonal, row_norms, safe_sqrt
+from gradnorm_func._core.tracing import traced
 from gradnorm_func._measure.plan import Plan
-from gradnorm_func._measure.tape import traced
 from gradnorm_func._reduce.stats import TaskStats, gramian_of
 
 # One leaf of z for all tasks: T tensors, or one (T, ...) tensor where the heads are stacked.
@@ -19,7 +19,9 @@ PerTask: TypeAlias = list[Tensor] | Tensor
 
 def stats_at_z(plan: Plan, losses: Tensor, z_grads: list[PerTask], seeds: Tensor | None) -> TaskStats:
     """From the gradients at z; `seeds` are the cotangents of the losses that they carry, None for ones."""
-    stats = TaskStats(losses, task_grads=_unseeded(plan, list(map(stacked, z_grads)), seeds) if plan.task_grads else ())
+    stats = TaskStats(losses)
+    if plan.task_grads:
+        stats = stats._replace(task_grads=_unseeded(plan, list(map(stacked, z_grads)), seeds))
     if plan.needs == "gramian":
         gramian = gramian_of(list(map(stacked, z_grads)))
         if seeds is not None:
@@ -35,13 +37,13 @@ def stats_at_z(plan: Plan, losses: Tensor, z_grads: list[PerTask], seeds: Tensor
         norms = _norms(z_grads)
     if seeds is not None:
         norms = plan.without(seeds, norms)
-    return stats._replace(grad_norms=norms, square_norms=norms.square())
+    return stats._replace(grad_norms=norms, square_norms=norms.square() if plan.merges else ())
 
 
 def stats_at_leaves(plan: Plan, losses: Tensor, rows: list[Tensor], seeds: Tensor | None) -> TaskStats:
     """From the task gradients (T, ...) at the leaves of W."""
     rows = _unseeded(plan, rows, seeds)
-    stats = TaskStats(losses, task_grads=rows if plan.task_grads else ())
+    stats = TaskStats(losses, task_grads=rows if plan.merges or plan.task_grads else ())
     if plan.needs != "gramian":
         return stats._replace(grad_norms=row_norms(rows))
     gramian = gramian_of(rows)

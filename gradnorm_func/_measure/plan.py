@@ -11,9 +11,9 @@ from torch import Tensor
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import LossFn, MultiTaskLoss, wrong_count
-from gradnorm_func._core.numerics import accum_dtype, column, promoted
+from gradnorm_func._core.numerics import accum_dtype, column, full_precision, promoted
+from gradnorm_func._core.tracing import traced
 from gradnorm_func._core.tree import Where
-from gradnorm_func._measure.tape import traced
 from gradnorm_func._reduce.stats import TaskStats
 
 Needs: TypeAlias = Literal["losses", "norms", "example_norms", "gramian"]
@@ -26,7 +26,7 @@ class Measured(NamedTuple):
     """What an engine returns."""
 
     stats: Any  # TaskStats; its task_grads are a list of leaves of W, its grads one of leaves of params
-    losses: Any  # in the structure of the user's losses
+    losses: Any  # as the user's function returned them, where the engine has seen that
     aux: Any
     decision: Any = ()  # what the rule returned beside the weights
     z_treedef: Any = None  # structure of z, where W is z
@@ -44,7 +44,8 @@ class Plan(NamedTuple):
     weights: Tensor | Rule | None  # (T,) of the sum to differentiate, or the rule that gives them, or no sum
     needs: Needs
     heads: Heads = "weighted"  # what they learn from: the weighted sum, or each its own loss
-    task_grads: bool = False  # are the task gradients themselves wanted?
+    merges: bool = False  # is all wanted that merging needs: at parameters, the task gradients themselves?
+    task_grads: bool = False  # are they wanted for their own sake?
     active: Tensor | None = None  # (T,) bool: the tasks that are present; None is all of them
     has_aux: bool = False
     vectorize: bool = True
@@ -84,8 +85,10 @@ class Plan(NamedTuple):
 
     def without(self, seeds: Tensor, rows: Tensor, *, signed: bool = False) -> Tensor:
         """Gradients or norms (T, ...) that carry the seeds, without them, in float32 at least; NaN for a seed of 0."""
-        rows = promoted(rows)
-        size = column(promoted(seeds) if signed else promoted(seeds).abs(), rows).to(rows.dtype)
+        rows, size = promoted(rows), promoted(seeds)
+        size = size if signed else size.abs()
+        if rows.ndim > 1 or size.dtype != rows.dtype:
+            size = column(size, rows).to(rows.dtype)
         if not traced():
             return rows / size
         used = size != 0  # NaN where it was 0, but with a derivative that is not
@@ -151,7 +154,8 @@ def weighted_sum(weights: Tensor, rows: Tensor | Sequence[Tensor]) -> Tensor:
     dtype = accum_dtype(rows[0])
     w = weights.to(dtype)
     if isinstance(rows, Tensor):
-        total: Tensor = torch.tensordot(w, rows.to(dtype), 1)
+        with full_precision(rows):
+            total: Tensor = torch.tensordot(w, rows.to(dtype), 1)
         return total.to(rows.dtype)
     first, *rest = (weight * row.to(dtype) for weight, row in zip(w.unbind(), rows, strict=True))
     return plain_sum([first, *rest]).to(rows[0].dtype)

@@ -19,7 +19,7 @@ from gradnorm_func._core.loss import MultiTaskLoss, StackedHeads, task_vector
 from gradnorm_func._measure.crossing import AtZ, Crossing, Trunk, Weighted, linear_leaves
 from gradnorm_func._measure.norms import PerTask
 from gradnorm_func._measure.plan import Measured, Plan, filled, split_aux, weighted_sum
-from gradnorm_func._measure.tape import Grads, Tape, tape
+from gradnorm_func._measure.tape import Grads, Tape, copy_of, tape
 
 
 def seam(plan: Plan, crossing_of: Callable[[Plan], Crossing] = Weighted) -> Measured:
@@ -44,9 +44,8 @@ def seam(plan: Plan, crossing_of: Callable[[Plan], Crossing] = Weighted) -> Meas
         at_w = [rows.sum(0) if weights is None else weighted_sum(weights, rows) for rows in w_grads]
         by_heads = dict(zip([*heads.indices, *heads.w_indices], [*grads, *at_w], strict=True))
         stats = stats._replace(grads=_added(plan.leaves, trunk_grads, by_heads))
-    named = losses if isinstance(loss.heads, StackedHeads) else loss.structure(losses.unbind())
     aux = (trunk.aux, heads.tape.aux) if plan.has_aux else ()
-    return Measured(stats, named, aux, crossed.decision or decision, trunk.z_treedef)
+    return Measured(stats, losses, aux, crossed.decision or decision, trunk.z_treedef)
 
 
 def _trunk(plan: Plan, loss: MultiTaskLoss, trunk_loss: Callable[[Any, Any, Any], Tensor] | None) -> Trunk:
@@ -100,7 +99,9 @@ def _heads(plan: Plan, loss: MultiTaskLoss, trunk: Trunk, crossing: Crossing) ->
     if isinstance(loss.heads, StackedHeads):
         return _stacked(plan, loss.heads, trunk, crossing)
     count = len(loss.functions)
-    at_leaves = plan.needs != "losses" and plan.where is not None and linear_leaves(plan) is None
+    # Heads that learn from their own losses read copies of W even where nothing is measured at it: W gets the sum.
+    at_leaves = (plan.needs != "losses" or plan.heads == "own") and plan.where is not None
+    at_leaves = at_leaves and linear_leaves(plan) is None
     w_indices = list(plan.where or []) if at_leaves else []
     indices = [i for i in range(len(plan.leaves)) if i not in w_indices]
     z = [list(copies.unbind()) for copies in crossing.copies(trunk, count)]
@@ -111,14 +112,14 @@ def _heads(plan: Plan, loss: MultiTaskLoss, trunk: Trunk, crossing: Crossing) ->
         copies = inputs[len(indices) :]  # leaf by leaf of z, then of W; T of each
         outs = []
         for i, head in enumerate(loss.functions):
-            mine = copies[i::count]
-            params = plan.params(tree.replace(leaves, w_indices, mine[len(z) :]))
-            out = head(params, tree.unflatten(trunk.z_treedef, mine[: len(z)]), plan.batch)
+            of_task = copies[i::count]
+            params = plan.params(tree.replace(leaves, w_indices, of_task[len(z) :]))
+            out = head(params, tree.unflatten(trunk.z_treedef, of_task[: len(z)]), plan.batch)
             outs.append(split_aux(out, plan.has_aux, "a head"))
         losses = task_vector(loss.structure([value for value, _ in outs]))
         return [losses], loss.structure([aux for _, aux in outs]) if plan.has_aux else ()
 
-    inputs = [*(plan.leaves[i] for i in indices), *chain(*z), *(leaf for leaf in w for _ in range(count))]
+    inputs = [*(plan.leaves[i] for i in indices), *chain(*z), *(copy_of(leaf) for leaf in w for _ in range(count))]
     return _Heads(tape(record, inputs), indices, list(z), w_indices, w)
 
 

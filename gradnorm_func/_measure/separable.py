@@ -22,14 +22,15 @@ from gradnorm_func._reduce.stats import TaskStats
 def separable(plan: Plan) -> Measured:
     """All that `plan` asks for, of T losses that share nothing but the parameters."""
     loss = plan.loss_fn
-    assert isinstance(loss, MultiTaskLoss) and plan.where is not None
+    assert isinstance(loss, MultiTaskLoss)
     runs = [_recorded(plan, function) for function in loss.functions]
     values = [run.outputs[0] for run in runs]
     losses = torch.stack(values)
     aux = ((), loss.structure([run.aux for run in runs])) if plan.has_aux else ()
     plan, decision = plan.with_losses(losses)
+    where = plan.where or []
     # Only what is asked for is differentiated: without weights, W alone.
-    indices = plan.where if plan.weights is None else list(range(len(plan.leaves)))
+    indices = where if plan.weights is None else list(range(len(plan.leaves)))
     stats = TaskStats(promoted(losses))
     grads: list[list[Tensor]] = []  # of each task, the leaves
     if plan.needs != "losses" or plan.weights is not None:
@@ -38,13 +39,13 @@ def separable(plan: Plan) -> Measured:
         pulled = zip(runs, seeds.to(losses.dtype).unbind(), values, strict=True)
         grads = [filled(run.pull([seed.to(value.dtype)], indices, last=True), leaves) for run, seed, value in pulled]
         if plan.needs != "losses":
-            rows = [torch.stack([task[indices.index(i)] for task in grads]) for i in plan.where]
+            rows = [torch.stack([task[indices.index(i)] for task in grads]) for i in where]
             plain = plan.loss_scale is None and plan.active is None
             stats = stats_at_leaves(plan, promoted(losses), rows, None if plain else seeds)
     weights, decision = plan.decide(stats, decision)
     if weights is not None:
         stats = stats._replace(grads=[weighted_sum(weights, column) for column in zip(*grads, strict=True)])
-    return Measured(stats, loss.structure(values), aux, decision)
+    return Measured(stats, losses, aux, decision)
 
 
 def _recorded(plan: Plan, function: Callable[..., Any]) -> Tape:

@@ -12,7 +12,7 @@ Two ways, the same numbers:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,7 +20,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.func import vjp, vmap
 
+from gradnorm_func._core import tree
 from gradnorm_func._core.numerics import full_precision
+from gradnorm_func._core.tracing import traced
 
 # What tapes record: leaves -> (outputs, anything else the caller wants to have)
 Recorded = Callable[[list[Tensor]], tuple[list[Tensor], Any]]
@@ -41,7 +43,7 @@ class Tape(NamedTuple):
     """A function that has been run."""
 
     outputs: list[Tensor]  # cut from the graph
-    aux: Any
+    aux: Any  # as it was returned, with its graph
     pull: Pull
     saved: list[Tensor]  # the outputs with their graph, where autograd recorded it; [] otherwise
 
@@ -56,34 +58,12 @@ class Tape(NamedTuple):
                 if not self.saved:
                     raise
         rows = [self.pull([leaf[i] for leaf in cotangents], wanted) for i in range(cotangents[0].shape[0])]
-        return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]  # type: ignore[arg-type]
+        return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 def tape(fn: Recorded, inputs: Sequence[Tensor]) -> Tape:
     """`fn(inputs)`, recorded: its outputs, what else it returned, and the pullback."""
     return _by_torch_func(fn, inputs) if traced() else _by_autograd(fn, inputs)
-
-
-def traced() -> bool:
-    """Whether a compiler or a torch.func transform is at work, so that autograd's own tape would not be seen."""
-    return torch.compiler.is_compiling() or inside_transform()
-
-
-def inside_transform() -> bool:
-    """Whether a torch.func transform surrounds this call, so that what we return must stay differentiable."""
-    # There is no public question for this. torch.compile traces this one, but wraps even a None that comes back, so
-    # that `is None` is always False to it; an attribute of a real interpreter tells the two apart.
-    return hasattr(torch._C._functorch.peek_interpreter_stack(), "key")
-
-
-def no_graph() -> AbstractContextManager[Any]:
-    """What keeps autograd from recording our own sums, unless a surrounding transform differentiates through them."""
-    return nullcontext() if inside_transform() else torch.no_grad()
-
-
-def constant(x: Tensor) -> Tensor:
-    """Without the graph that a caller's own tensor may hang on, which a state would keep alive for ever."""
-    return x if inside_transform() else x.detach()
 
 
 @contextmanager
@@ -105,7 +85,7 @@ def _by_autograd(fn: Recorded, inputs: Sequence[Tensor]) -> Tape:
         raise RuntimeError(
             "torch.inference_mode() records no gradients: use torch.no_grad() here, which is no obstacle"
         )
-    leaves = [x.detach().requires_grad_() for x in inputs]
+    leaves = [x if x.is_leaf and x.requires_grad else x.detach().requires_grad_() for x in inputs]
     with torch.enable_grad():
         outputs, aux = fn(leaves)
     cut = [out.detach() for out in outputs]
@@ -127,7 +107,7 @@ def _by_autograd(fn: Recorded, inputs: Sequence[Tensor]) -> Tape:
                 ) from error
             raise
 
-    return Tape(cut, _without_graph(aux), pull, outputs)
+    return Tape(cut, aux, pull, outputs)
 
 
 def _by_torch_func(fn: Recorded, inputs: Sequence[Tensor]) -> Tape:
@@ -165,8 +145,19 @@ class _Constants:
         return pytree.tree_unflatten([next(rest) if leaf is None else leaf[0] for leaf in self.leaves], self.treedef)
 
 
-def _without_graph(aux: Any) -> Any:
-    return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, aux)
+def leaves_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The beginnings of graphs of our own, where autograd records: what a tape takes as they are, several tapes too."""
+    return list(tensors) if traced() else [x.detach().requires_grad_() for x in tensors]
+
+
+def copy_of(leaf: Tensor) -> Tensor:
+    """The same values as the beginning of another graph, so that what two readers make of it stays apart."""
+    return leaf if traced() else leaf.detach()
+
+
+def without_graph(aux: Any) -> Any:
+    """What a tape returned beside its outputs, cut from the graph."""
+    return aux if traced() else tree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, aux)
 
 
 def _vectorized(pull: Pull, cotangents: list[Tensor], wanted: Sequence[int] | None, chunk_size: int | None) -> Grads:

@@ -62,7 +62,7 @@ def all_reduce(stats: S, group: Any = None, *, squared_norms: bool = False) -> S
         )
     if isinstance(stats, TaskStats) and present(stats.grad_norms) and not present(stats.square_norms):
         if squared_norms:
-            return _mean_of_squares(stats, group)
+            return _mean_of_squares(stats, group)  # type: ignore[return-value]
         if not tree.flatten(stats.task_grads)[0]:
             raise ValueError(
                 "these stats hold norms at parameters but no gradients, and the norm of a mean is not the mean of "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -20,15 +20,18 @@ class Stats(Protocol):
         """The share of this batch in a mean."""
 
     @property
+    def grads(self) -> Any:
+        """The gradients of the parameters; `()` where they were not asked for."""
+
+    @property
     def powers(self) -> Mapping[str, int]:
         """Fields that add up over disjoint parts of a batch, each with the power of the part's share it is due."""
 
     def complete(self: S) -> S:
         """The same with the other fields, which do not add up, computed from those that do."""
 
-    def _asdict(self) -> dict[str, Any]: ...
-
-    def _replace(self: S, **fields: Any) -> S: ...
+    @property
+    def _replace(self) -> Callable[..., Any]: ...
 
 
 S = TypeVar("S", bound=Stats)
@@ -134,7 +137,8 @@ def mean_of(like: S, sums: Mapping[str, Any]) -> S:
     """The stats of the batch whose parts have been added up; `like` are those of any part."""
     count = sums["num_examples"]
     means = {name: _times(1 / count**power, sums[name]) for name, power in like.powers.items()}
-    return like._replace(**means, num_examples=count).complete()
+    mean: S = like._replace(**means, num_examples=count)
+    return mean.complete()
 
 
 def gramian_of(rows: list[Tensor]) -> Tensor:

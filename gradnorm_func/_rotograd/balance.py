@@ -10,7 +10,7 @@ from torch import Tensor
 from gradnorm_func._balance.guard import accepted, due, settled
 from gradnorm_func._balance.seen import mask_vector
 from gradnorm_func._core.numerics import column, cosines, diagonal, full_precision, safe_sqrt
-from gradnorm_func._measure.tape import no_graph
+from gradnorm_func._core.tracing import no_graph
 from gradnorm_func._rotograd import published
 from gradnorm_func._rotograd.crossing import RotoGradStats
 from gradnorm_func._rotograd.rotation import polish, skew, turn

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 ITERATIONS = 24
+SOLVED = 1e-18  # mean of w_i s_i: further steps would follow rounding, to anywhere among minimisers that are not unique
+DAMPING = 1e-12  # of directions in which A is flat
 
 
 def nnls(matrix: Tensor, right: Tensor) -> Tensor:
@@ -20,7 +22,7 @@ def nnls(matrix: Tensor, right: Tensor) -> Tensor:
     s = torch.ones_like(right)
     for _ in range(ITERATIONS):
         residual = matrix @ w - right - s
-        factor = torch.linalg.cholesky_ex(matrix + torch.diag_embed(s / w + 1e-15))[0]
+        factor = torch.linalg.cholesky_ex(matrix + torch.diag_embed(s / w + DAMPING))[0]
 
         def direction(
             complementarity: Tensor, factor: Tensor = factor, w: Tensor = w, s: Tensor = s, residual: Tensor = residual
@@ -34,7 +36,7 @@ def nnls(matrix: Tensor, right: Tensor) -> Tensor:
         affine = ((w + _length(w, s, dw, ds) * dw) * (s + _length(w, s, dw, ds) * ds)).mean()
         centring = (affine / mu.clamp(min=1e-300)).clamp(0, 1) ** 3
         dw, ds = direction(centring * mu - w * s - dw * ds)
-        step = 0.995 * _length(w, s, dw, ds)
+        step = torch.where(mu > SOLVED, 0.995 * _length(w, s, dw, ds), 0.0)
         w, s = (w + step * dw).clamp(min=1e-200), (s + step * ds).clamp(min=1e-200)
     return torch.where(w > s, w, 0.0)
 

@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
 from gradnorm_func._core.loss import LossFn
 from gradnorm_func._core.numerics import cosines
-from gradnorm_func._core.tree import Where
-from gradnorm_func._measure.measure import as_tree, run_engine
+from gradnorm_func._core.tree import Tensors, Where
+from gradnorm_func._measure.measure import as_tree, named_losses, run_engine
 from gradnorm_func._measure.plan import plan_of
+
+
+@overload
+def task_grads(
+    loss_fn: LossFn,
+    params: Tensors,
+    batch: Any,
+    *,
+    where: Where = None,
+    has_aux: Literal[False] = False,
+    vectorize: bool = True,
+    chunk_size: int | None = None,
+) -> tuple[Any, Any]: ...
+
+
+@overload
+def task_grads(
+    loss_fn: LossFn,
+    params: Tensors,
+    batch: Any,
+    *,
+    where: Where = None,
+    has_aux: Literal[True],
+    vectorize: bool = True,
+    chunk_size: int | None = None,
+) -> tuple[Any, Any, Any]: ...
 
 
 def task_grads(
     loss_fn: LossFn,
-    params: Any,
+    params: Tensors,
     batch: Any,
     *,
     where: Where = None,
@@ -44,16 +70,16 @@ def task_grads(
         tensor([[3., 4.],
                 [2., 4.]])
     """
-    options = {"has_aux": has_aux, "vectorize": vectorize, "chunk_size": chunk_size}
+    options: dict[str, Any] = {"has_aux": has_aux, "vectorize": vectorize, "chunk_size": chunk_size}
     plan = plan_of(params, loss_fn, batch, where, None, "norms", task_grads=True, **options)
     measured = run_engine(plan)
     grads = as_tree(plan, measured)
-    return (measured.losses, grads, measured.aux) if has_aux else (measured.losses, grads)
+    return (named_losses(plan, measured), grads, measured.aux) if has_aux else (named_losses(plan, measured), grads)
 
 
 def task_grad_norms(
     loss_fn: LossFn,
-    params: Any,
+    params: Tensors,
     batch: Any,
     *,
     where: Where = None,
@@ -86,7 +112,7 @@ def task_grad_norms(
 
 def task_gramian(
     loss_fn: LossFn,
-    params: Any,
+    params: Tensors,
     batch: Any,
     *,
     where: Where = None,
@@ -113,14 +139,14 @@ def task_gramian(
         tensor([[1., 1.],
                 [1., 2.]])
     """
-    options = {"has_aux": has_aux, "vectorize": vectorize, "chunk_size": chunk_size}
+    options: dict[str, Any] = {"has_aux": has_aux, "vectorize": vectorize, "chunk_size": chunk_size}
     gramian: Tensor = run_engine(plan_of(params, loss_fn, batch, where, None, "gramian", **options)).stats.gramian
     return gramian
 
 
 def task_cosine_similarity(
     loss_fn: LossFn,
-    params: Any,
+    params: Tensors,
     batch: Any,
     *,
     where: Where = None,

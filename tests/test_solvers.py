@@ -1,0 +1,219 @@
+"""The small problems inside of the methods, against an active-set solver: `scipy.optimize.nnls`."""
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+
+from gradnorm_func._solvers.min_norm import min_norm
+from gradnorm_func._solvers.nnls import nnls
+
+F64 = torch.float64
+DRAWS, BAR = 200, 1e-8
+COUNTS = (2, 3, 8, 32)
+KINDS = ("generic", "conflicting", "deficient", "deficient cone", "ill-scaled", "ill-scaled cone")
+# Below this part of the shortest gradient's square length, an objective is zero but for the rounding of the Gramian.
+NOTHING = 1e-6
+
+
+def draw(kind, count, seed):
+    """(T, n) task gradients."""
+    source = torch.Generator().manual_seed(seed)
+    rand = lambda *shape: torch.randn(*shape, generator=source, dtype=F64)
+    low_rank = rand(count, max(1, count // 2)) @ rand(max(1, count // 2), 2 * count)
+    length = 10 ** (8 * torch.rand(count, 1, generator=source, dtype=F64) - 4)
+    common = rand(1, 2 * count)
+    return {
+        "generic": lambda: rand(count, 2 * count),
+        "conflicting": lambda: rand(count, 2 * count) + torch.linspace(-3, 3, count, dtype=F64)[:, None] * common,
+        "deficient": lambda: low_rank,  # 0 is a convex combination of many of these
+        "deficient cone": lambda: low_rank + 3 * common,  # and of none of these
+        "ill-scaled": lambda: rand(count, 2 * count) * length,
+        "ill-scaled cone": lambda: (low_rank + 2 * common) * length,
+    }[kind]()
+
+
+def solve(rows, active=None):
+    active = torch.ones(len(rows), dtype=torch.bool) if active is None else active
+    return min_norm(rows @ rows.T, active)
+
+
+def shortest(rows):
+    """The weights by scipy, from the gradients themselves, each scaled to length 1."""
+    length = rows.norm(dim=1)
+    inverse = (length.min() / length).numpy()
+    table = np.vstack([(rows / length[:, None]).numpy().T, inverse])
+    found = scipy.optimize.nnls(table, np.eye(len(table))[-1], maxiter=1000)[0] * inverse
+    return torch.from_numpy(found / found.sum())
+
+
+def square(weights, rows):
+    return (weights @ rows).square().sum()
+
+
+def check(weights, gap, rows):
+    """As short as scipy's, and certified."""
+    assert (weights >= 0).all()
+    assert abs(weights.sum() - 1) <= 1e-14
+    best = square(shortest(rows), rows)
+    scale = torch.maximum(best, NOTHING * rows.square().sum(1).min())
+    assert square(weights, rows) - best <= BAR * scale
+    assert abs(gap) <= 1e-10
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_shortest_combination(kind, count):
+    draws = [draw(kind, count, seed) for seed in range(DRAWS)]
+    gramians = torch.stack([rows @ rows.T for rows in draws])
+    active = torch.ones(count, dtype=torch.bool)
+    weights, gaps = torch.func.vmap(min_norm, (0, None))(gramians, active)
+    for found in zip(weights, gaps, draws, strict=True):
+        check(*found)
+    for i in range(3):  # and one by one
+        check(*min_norm(gramians[i], active), draws[i])
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("rank", ["full", "deficient"])
+def test_least_squares(rank, count):
+    source = torch.Generator().manual_seed(0)
+    rand = lambda *shape: torch.randn(*shape, generator=source, dtype=F64)
+    tables = rand(DRAWS, 2 * count, count)
+    if rank == "deficient":
+        tables = rand(DRAWS, 2 * count, count // 2) @ rand(DRAWS, count // 2, count)
+    tables, goals = tables / tables.norm(dim=1, keepdim=True), rand(DRAWS, 2 * count, 1)
+    goals = goals / goals.norm(dim=1, keepdim=True)
+    found = torch.func.vmap(nnls)(tables.mT @ tables, (tables.mT @ goals)[..., 0])
+    for w, table, goal in zip(found, tables, goals[..., 0], strict=True):
+        assert (w >= 0).all()
+        slopes = table.T @ (table @ w - goal)  # none that would pay, and none at a weight that is not 0
+        assert slopes.min() >= -1e-12
+        assert (w * slopes).abs().max() <= 1e-12
+        # Not by the residual that scipy returns, which is not always that of its solution.
+        other = torch.from_numpy(scipy.optimize.nnls(table.numpy(), goal.numpy(), maxiter=1000)[0])
+        best = (table @ other - goal).square().sum()
+        assert (table @ w - goal).square().sum() - best <= BAR * best
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_the_gap_certifies(count):
+    """It is what a Frank-Wolfe step could still win: 0 at the solution, and of the order of the error elsewhere."""
+    rows = draw("generic", count, 0)
+    weights, gap = solve(rows)
+    gramian = rows @ rows.T
+    slopes = gramian @ weights
+    expected = (weights @ slopes - slopes.min()) / gramian.diag().mean()
+    torch.testing.assert_close(gap, expected, rtol=0, atol=1e-15)
+    even = torch.full_like(weights, 1 / count)
+    assert ((even @ gramian @ even) - (gramian @ even).min()) / gramian.diag().mean() > 1e-3
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("factor", [1e-8, 1e8])
+def test_a_common_scale_changes_nothing(count, factor):
+    for kind in KINDS[:4]:
+        rows = draw(kind, count, 1)
+        check(*solve(factor * rows), rows)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_gradient_of_zero(count):
+    """Then the shortest combination is zero, and all weight is on the tasks that are solved."""
+    rows = draw("generic", count, 2)
+    rows[1] = 0
+    weights, gap = solve(rows)
+    assert weights[1] == pytest.approx(1.0)
+    assert square(weights, rows) <= 1e-20
+    assert abs(gap) <= 1e-10
+    weights, gap = solve(torch.zeros_like(rows))
+    assert weights.isfinite().all()
+    assert weights.sum() == pytest.approx(1.0)
+    assert gap == 0
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_absent_tasks(kind, count):
+    """What is not there has no weight, and the others are as they were without it."""
+    rows = draw(kind, count, 3)
+    for absent in (0, count - 1):
+        active = torch.ones(count, dtype=torch.bool)
+        active[absent] = False
+        gramian = torch.where(active[:, None] & active, rows @ rows.T, torch.eye(count, dtype=F64))
+        weights, gap = min_norm(gramian, active)
+        assert weights[absent] == 0
+        check(weights[active], gap, rows[active])
+    alone = torch.arange(count) == 1
+    assert min_norm(torch.where(alone[:, None] & alone, rows @ rows.T, torch.eye(count, dtype=F64)), alone)[0][1] == 1
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_task_that_is_there_twice(kind, count):
+    """Both share its weight evenly, and the combination is the same."""
+    rows = draw(kind, count, 4)
+    twice = torch.cat([rows, rows[:1]])
+    weights, gap = solve(twice)
+    best = square(shortest(rows), rows)
+    scale = torch.maximum(best, NOTHING * rows.square().sum(1).min())
+    assert square(weights, twice) - best <= BAR * scale
+    torch.testing.assert_close(weights[0], weights[-1], rtol=0, atol=0.01)  # any split of it is as short
+    assert abs(gap) <= 1e-10
+
+
+@pytest.mark.parametrize("apart", [1e-2, 1e-4, 1e-5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_tasks_that_are_almost_the_same(kind, apart):
+    for seed in range(20):
+        rows = draw(kind, 8, seed)
+        noise = draw("generic", 8, seed + 1000)
+        near = torch.cat([rows, rows + apart * rows.norm(dim=1, keepdim=True) * noise / noise.norm(dim=1).mean()])
+        check(*solve(near), near)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_vmap_equals_a_loop(kind, count):
+    gramians = torch.stack([rows @ rows.T for rows in (draw(kind, count, seed) for seed in range(5))])
+    active = torch.ones(count, dtype=torch.bool)
+    together = torch.func.vmap(min_norm, (0, None))(gramians, active)
+    for i, gramian in enumerate(gramians):
+        weights, gap = min_norm(gramian, active)
+        # Of a Gramian that is not definite the minimiser is not unique, and rounding decides.
+        a, b = together[0][i] @ gramian @ together[0][i], weights @ gramian @ weights
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=float(NOTHING * BAR * gramian.diag().min()))
+        if kind == "generic":
+            torch.testing.assert_close((together[0][i], together[1][i]), (weights, gap), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_one_graph(count):
+    step = torch.compile(min_norm, fullgraph=True, backend="aot_eager")
+    active = torch.ones(count, dtype=torch.bool)
+    for seed in range(3):
+        rows = draw("generic", count, seed)
+        torch.testing.assert_close(step(rows @ rows.T, active), solve(rows), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_derivatives(count):
+    """Through the fixed number of iterations, against differences."""
+    rows, other = draw("generic", count, 5), draw("generic", count, 6)
+
+    def weight(t):
+        moved = rows + t * other
+        return min_norm(moved @ moved.T, torch.ones(count, dtype=torch.bool))[0][0]
+
+    zero, h = torch.zeros((), dtype=F64), 1e-5
+    derivative = torch.func.grad(weight)(zero)
+    assert derivative.abs() > 1e-3
+    torch.testing.assert_close(derivative, (weight(zero + h) - weight(zero - h)) / (2 * h), rtol=1e-5, atol=1e-7)
+
+
+def test_single_precision():
+    """A Gramian in float32 is solved in float64, and comes back as it was."""
+    rows = draw("generic", 8, 7)
+    weights, gap = min_norm((rows @ rows.T).float(), torch.ones(8, dtype=torch.bool))
+    assert weights.dtype == gap.dtype == torch.float32
+    torch.testing.assert_close(weights.double(), solve(rows)[0], rtol=1e-5, atol=1e-6)
