@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,9 +15,9 @@ from gradnorm_func._core import optim, tree
 from gradnorm_func._core.loss import MultiTaskLoss, StackedHeads
 from gradnorm_func._core.numerics import full_precision
 from gradnorm_func._core.tracing import no_graph
+from gradnorm_func._measure.measure import run_engine
 from gradnorm_func._measure.plan import Plan, plan_of
 from gradnorm_func._measure.seam import seam
-from gradnorm_func._measure.tape import fresh_casts
 from gradnorm_func._rotograd.balance import RotoGradInfo, balance
 from gradnorm_func._rotograd.crossing import Rotations, RotoGradFactors, RotoGradStats, factors_of
 from gradnorm_func._rotograd.settings import Hyper, RotoGradState, check_state, checked, layout_of, start_state
@@ -171,8 +171,7 @@ class Rotating(NamedTuple):
         def crossing(plan: Plan) -> Rotations:
             return Rotations(plan, state, self.hyper, factors, moves, examples is not None)
 
-        with no_graph(), nullcontext() if torch.compiler.is_compiling() else fresh_casts():
-            measured = seam(plan, crossing)
+        measured = run_engine(plan, partial(seam, crossing_of=crossing))
         stats: RotoGradStats = measured.stats
         grads = plan.params(stats.grads) if isinstance(stats.grads, list) else ()
         count = torch.as_tensor(1.0 if examples is None else examples)
