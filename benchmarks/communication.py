@@ -67,20 +67,56 @@ def traffic() -> None:
     cases: list[tuple[str, Any, gn.Balancer, Any, str, int]] = [
         ("plain data parallelism", None, gn.static(), gn.all_reduce, "1 + T + θ", 1 + T + theta),
         ("z", None, gn.gradnorm(), gn.all_reduce, "1 + 3T + θ", 1 + 3 * T + theta),
-        ("last shared weight", layer, gn.gradnorm(where=digits.W), gn.all_reduce, "1 + T + T·W + θ",
-         1 + T + T * layer + theta),
-        ("all parameters", theta, gn.gradnorm(where=everything), gn.all_reduce, "1 + T + T·θ + θ",
-         1 + T + T * theta + theta),
-        ("last shared weight, squared norms only", layer, gn.gradnorm(where=digits.W), cheap, "1 + 2T + θ",
-         1 + 2 * T + theta),
-        ("all parameters, squared norms only", theta, gn.gradnorm(where=everything), cheap, "1 + 2T + θ",
-         1 + 2 * T + theta),
+        (
+            "last shared weight",
+            layer,
+            gn.gradnorm(where=digits.W),
+            gn.all_reduce,
+            "1 + T + T·W + θ",
+            1 + T + T * layer + theta,
+        ),
+        (
+            "all parameters",
+            theta,
+            gn.gradnorm(where=everything),
+            gn.all_reduce,
+            "1 + T + T·θ + θ",
+            1 + T + T * theta + theta,
+        ),
+        (
+            "last shared weight, squared norms only",
+            layer,
+            gn.gradnorm(where=digits.W),
+            cheap,
+            "1 + 2T + θ",
+            1 + 2 * T + theta,
+        ),
+        (
+            "all parameters, squared norms only",
+            theta,
+            gn.gradnorm(where=everything),
+            cheap,
+            "1 + 2T + θ",
+            1 + 2 * T + theta,
+        ),
         ("z, gradients reduced by another", None, gn.gradnorm(), without, "1 + 3T", 1 + 3 * T),
-        ("last shared weight, gradients reduced by another", layer, gn.gradnorm(where=digits.W), without,
-         "1 + T + T·W", 1 + T + T * layer),
-        ("z, `fixed_ratio` (two passes)", None, gn.fixed_ratio(), gn.all_reduce, "(1 + 3T) + (1 + T + θ)",
-         2 + 4 * T + theta),
-    ]  # fmt: skip
+        (
+            "last shared weight, gradients reduced by another",
+            layer,
+            gn.gradnorm(where=digits.W),
+            without,
+            "1 + T + T·W",
+            1 + T + T * layer,
+        ),
+        (
+            "z, `fixed_ratio` (two passes)",
+            None,
+            gn.fixed_ratio(),
+            gn.all_reduce,
+            "(1 + 3T) + (1 + T + θ)",
+            2 + 4 * T + theta,
+        ),
+    ]
     rows = []
     for name, _, method, reduce, formula, numbers in cases:
         sent = counted(lambda m=method, r=reduce: m.grad(m.init(T), params, digits.loss_fn, batch, reduce=r))
@@ -142,8 +178,13 @@ def bias() -> None:
         moved.append(
             [f"{count}, exact", *(f"{x:.4f}" for x in sure.tolist()), f"{float((sure - exact).abs().max()):.0e}"]
         )
-        moved.append([f"{count}, squared norms", *(f"{x:.4f}" for x in guess.tolist()),
-                      f"{float((guess - exact).abs().max()):.0e}"])  # fmt: skip
+        moved.append(
+            [
+                f"{count}, squared norms",
+                *(f"{x:.4f}" for x in guess.tolist()),
+                f"{float((guess - exact).abs().max()):.0e}",
+            ]
+        )
     one = ["1", *(f"{x:.4f}" for x in exact.tolist()), "0"]
     table(f"Task weights after {STEPS} steps, float32", ["ranks", *names, "largest gap to 1 rank"], [one, *moved])
 
@@ -165,8 +206,9 @@ def on_paper(gpus: int = 1024, backbone: float = 7e9, tasks: int = 20, width: in
         memory, wire = (2 + 8) * tasks * w, ring * 4 * (1 + tasks + tasks * w)
         rows.append([name, "2TW + 8TW", size(memory), "2·(R−1)/R·4(1 + T + TW)", size(wire)])
     few = size(ring * 4 * (1 + 2 * tasks))
-    rows.append([f"last layer {width}×{width}, squared norms, Gram", "2Tz", size(2 * tasks * z),
-                 "2·(R−1)/R·4(1 + 2T)", few])  # fmt: skip
+    rows.append(
+        [f"last layer {width}×{width}, squared norms, Gram", "2Tz", size(2 * tasks * z), "2·(R−1)/R·4(1 + 2T)", few]
+    )
     table(
         f"On paper: R = {gpus} GPUs, θ = {backbone:.0e} parameters, T = {tasks}, z = {positions}×{width} per GPU",
         ["norms at", "memory per GPU", "", "sent per GPU and step, ring", ""],

@@ -140,8 +140,7 @@ def main() -> None:
     print(f"{options.depth} layers of width {options.width}, batch {options.batch}, torch {torch.__version__}")
     print(f"{'':36} {'ms':>8} {'ratio':>7} {'peak MiB':>9}   ratio to")
     for name, time_taken in median.items():
-        base = "torch.func.grad, compiled" if name.endswith("compiled") else "torch.func.grad, eager"
-        base = "torch.autograd.grad, eager" if name.startswith(("gradinit package", "torch.autograd")) else base
+        base = "torch.func.grad, compiled" if name.endswith("compiled") else "torch.autograd.grad, eager"
         ratio, memory = time_taken / median[base], peak_memory(steps[name])
         print(f"{name:36} {time_taken:8.3f} {ratio:7.2f} {memory:9.2f}   {base}")
     if package is not None:

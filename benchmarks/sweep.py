@@ -91,10 +91,16 @@ def gain(case: Case, count: int, chunk_size: int | None, rounds: int, clock: Clo
             alone.append(clock() - begin)
 
     gn.sweep(
-        lambda seed: start(case, seed), case.loss, batches(), chunk_size=chunk_size, progress=False,
-        grid={"alpha": ALPHAS, "rate": RATES}, seeds=range(count // (len(ALPHAS) * len(RATES))),
-        balancer=lambda alpha, rate: gn.gradnorm(alpha=alpha, optimizer=gn.adam(rate)), optimizer=gn.adam(1e-3),
-    )  # fmt: skip
+        lambda seed: start(case, seed),
+        case.loss,
+        batches(),
+        chunk_size=chunk_size,
+        progress=False,
+        grid={"alpha": ALPHAS, "rate": RATES},
+        seeds=range(count // (len(ALPHAS) * len(RATES))),
+        balancer=lambda alpha, rate: gn.gradnorm(alpha=alpha, optimizer=gn.adam(rate)),
+        optimizer=gn.adam(1e-3),
+    )
     return statistics.median(alone) / statistics.median(swept)
 
 

@@ -24,13 +24,8 @@ from gradnorm_func._core.optim import Optimizer, adam, sgd
 # GradInit
 from gradnorm_func._gradinit.rescale_adam import rescale_adam
 from gradnorm_func._gradinit.run import gradinit
-from gradnorm_func._gradinit.step import (
-    GradInitInfo,
-    GradInitState,
-    gradinit_apply,
-    gradinit_init_state,
-    gradinit_step,
-)
+from gradnorm_func._gradinit.state import GradInitInfo, GradInitState, gradinit_apply, gradinit_init_state
+from gradnorm_func._gradinit.step import gradinit_step
 
 # measure → reduce
 from gradnorm_func._measure.check_seam import check_seam
@@ -48,9 +43,10 @@ from gradnorm_func._rotograd.settings import RotoGradState
 # Around a step: analysis, plain autograd, modules and checkpoints, loops
 from gradnorm_func._tools.analysis import task_cosine_similarity, task_grad_norms, task_grads, task_gramian
 from gradnorm_func._tools.autograd import fork, measure_losses
-from gradnorm_func._tools.interop import check_finite, functional, load_state, log_dict, state_dict, write_grads
-from gradnorm_func._tools.layers import LayerReport, layer_analysis
-from gradnorm_func._tools.sweep import SweepResult, sweep
+from gradnorm_func._tools.functional import functional
+from gradnorm_func._tools.interop import check_finite, load_state, log_dict, state_dict, write_grads
+from gradnorm_func._tools.layers import layer_analysis
+from gradnorm_func._tools.sweep import sweep
 from gradnorm_func._tools.train import train
 
 __version__ = "0.1.0"
@@ -62,13 +58,11 @@ __all__ = [
     "GradNormInfo",
     "GradNormState",
     "Info",
-    "LayerReport",
     "Optimizer",
     "RotoGradInfo",
     "RotoGradState",
     "Seen",
     "State",
-    "SweepResult",
     "TaskStats",
     "adam",
     "all_reduce",

@@ -64,11 +64,19 @@ result = gn.sweep(
     balancer=lambda alpha, lr: gn.gradnorm(alpha=alpha, optimizer=gn.adam(lr)),
     optimizer=gn.adam(3e-3),
     metric=metric,
+    progress=False,
 )
 equal = gn.sweep(
-    digits.init_params, digits.loss_fn, batches(), seeds=SEEDS,
-    balancer=gn.static(), optimizer=gn.adam(3e-3), metric=metric, compile=False,
-)  # fmt: skip
+    digits.init_params,
+    digits.loss_fn,
+    batches(),
+    seeds=SEEDS,
+    balancer=gn.static(),
+    optimizer=gn.adam(3e-3),
+    metric=metric,
+    compile=False,
+    progress=False,
+)
 best = {name: round(float(column[result.best]), 3) for name, column in result.runs.items()}
 print(f"{len(result.metric)} runs of {STEPS} steps, history of the weights: {tuple(result.history.weights.shape)}")
 print(f"best run {result.best}: {best}, error {float(result.metric[result.best]):.2f}")
@@ -119,5 +127,4 @@ for axis in (left, right):
 # - The two numbers belong together. With fast weights, alpha of 1.5 and 3 end about a third below equal weights; with
 #   slow ones alpha hardly matters, for the weights have not yet got to where alpha wants them.
 # - A wrong choice costs: fast weights with a small alpha are no better than equal weights.
-# - After 250 steps nothing of this shows, and equal weights are as good as any run of the sweep.
 # - The best run is chosen on the data that its error is measured on: a report needs a test split, and more seeds.

@@ -134,8 +134,8 @@ def changes(balancer: gn.Balancer) -> tuple[list, torch.Tensor]:
     """Histories, and the change of every task's test error over equal weights, (seeds, T) in %."""
     method = compare.gradnorm(0.12, 0.025)._replace(balancer=balancer)
     runs = [compare.train(method, data["train"], seed, STEPS, iter) for seed in SEEDS]
-    errors = torch.stack([digits.errors(params, test) for params, _ in runs])
-    return [history for _, history in runs], 100 * (errors / reference - 1)
+    errors = torch.stack([digits.errors(params, test) for params, _, _ in runs])
+    return [history for _, _, history in runs], 100 * (errors / reference - 1)
 
 
 def row(name: str, change: torch.Tensor) -> str:

@@ -93,12 +93,14 @@ TASKS_DICT = dict.fromkeys(TASKS)
 def make_model() -> Model:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Model({
-            "trunk": nn.Sequential(nn.Linear(5, 6), nn.Tanh()),
-            "last": nn.Linear(6, 4),
-            "a": nn.Linear(4, 2),
-            "b": nn.Linear(4, 1),
-        }).double()  # fmt: skip
+        return Model(
+            {
+                "trunk": nn.Sequential(nn.Linear(5, 6), nn.Tanh()),
+                "last": nn.Linear(6, 4),
+                "a": nn.Linear(4, 2),
+                "b": nn.Linear(4, 1),
+            }
+        ).double()
 
 
 def make_batch(step: int) -> dict[str, torch.Tensor]:
@@ -339,11 +341,16 @@ def sharded(rank: int, ranks: int) -> dict[str, Any]:
             for vectorize in (True, False):
                 with implicit_replication():
                     stats = gn.measure(
-                        params, bare if engine == "general" else loss_fn, batch,
-                        weights=ones, where=where, vectorize=vectorize,
-                    )  # fmt: skip
-                plain = (*stats[:3], *([] if stats.task_grads == () else stats.task_grads.values()))\
-                    if where else stats[:3]  # fmt: skip
+                        params,
+                        bare if engine == "general" else loss_fn,
+                        batch,
+                        weights=ones,
+                        where=where,
+                        vectorize=vectorize,
+                    )
+                plain = (
+                    (*stats[:3], *([] if stats.task_grads == () else stats.task_grads.values())) if where else stats[:3]
+                )
                 assert not any(isinstance(leaf, DTensor) for leaf in plain)
                 assert all(stats.grads[name].placements == p.placements for name, p in params.items())
                 grads = {name: grad.full_tensor() for name, grad in stats.grads.items()}

@@ -1,9 +1,12 @@
-"""Models for the GradInit tests, and the gradinit package run on them: as a script, for it may abort at exit."""
+"""Problems for the GradInit tests, and the gradinit package run on them: as a script, for it may abort at exit."""
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+import gradnorm_func as gn
 
 STEPS = 20
 CASES = ("mlp", "cnn", "transformer")
@@ -34,11 +37,11 @@ def model(case: str) -> nn.Module:
     layers = {
         "mlp": lambda: [nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)],
         "cnn": lambda: [
-            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Conv2d(4, 3, 3), nn.Tanh(), nn.Flatten(),
-            nn.Linear(12, 4),
+            *(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.GELU()),
+            *(nn.Conv2d(4, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4)),
         ],
         "transformer": lambda: [nn.Linear(3, 4), Attention(4), nn.Flatten(), nn.Linear(20, 4)],
-    }  # fmt: skip
+    }
     made = nn.Sequential(*layers[case]()).double().train()
     with torch.no_grad():
         for parameter in made.parameters():  # away from zeros and ones, so that nothing is trivially right
@@ -57,6 +60,49 @@ def minibatches(case: str, count: int = STEPS, size: int = 6) -> list[tuple[Tens
         )
         for _ in range(count)
     ]
+
+
+def problem(case: str) -> tuple[dict[str, Tensor], Any]:
+    """Parameters and cross-entropy of a model."""
+    net = model(case)
+    call = gn.functional(net)
+    loss_fn = lambda params, batch: nn.functional.cross_entropy(call(params, batch[0]), batch[1])
+    return dict(net.named_parameters()), loss_fn
+
+
+def small() -> tuple[Any, tuple[Tensor, Tensor]]:
+    """Two weights, a bias, and a target that no scale reaches."""
+    make = torch.Generator().manual_seed(5)
+    draw = lambda *shape: torch.randn(*shape, generator=make, dtype=torch.float64)
+    params = {"a": {"weight": draw(3, 4), "bias": draw(3)}, "b": {"weight": draw(2, 3)}}
+    batch = (draw(7, 4), draw(7, 2))
+    return params, batch
+
+
+def small_loss(params: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Of `small`."""
+    hidden = torch.tanh(nn.functional.linear(batch[0], params["a"]["weight"], params["a"]["bias"]))
+    return (nn.functional.linear(hidden, params["b"]["weight"]) - batch[1]).square().mean()
+
+
+def run(
+    params: Any, loss_fn: Any, batches: Any, optimizer: Any = None, **hyper: Any
+) -> tuple[list[gn.GradInitState], list[gn.GradInitInfo]]:
+    """The state and the Info of every step."""
+    state = gn.gradinit_init_state(params, optimizer=optimizer)
+    states, infos = [], []
+    for batch in batches:
+        state, info = gn.gradinit_step(state, params, loss_fn, batch, optimizer=optimizer, **hyper)
+        states.append(state)
+        infos.append(info)
+    return states, infos
+
+
+def first_norm(case: str, p: int) -> float:
+    """The gradient norm of the first step."""
+    params, loss_fn = problem(case)
+    _, infos = run(params, loss_fn, minibatches(case, 3), p=p, gamma=1.0)
+    return float(infos[0].grad_norm)
 
 
 def package(case: str, p: int, gamma: float) -> tuple[dict[str, Tensor], list[bool]]:
@@ -86,5 +132,7 @@ def package(case: str, p: int, gamma: float) -> tuple[dict[str, Tensor], list[bo
 
 
 if __name__ == "__main__":
-    case, p, gamma, file = sys.argv[1:]
-    torch.save(package(case, int(p), float(gamma)), file)
+    torch.set_num_threads(1)
+    *runs, file = sys.argv[1:]
+    triples = [run.split(":") for run in runs]
+    torch.save({(case, int(p)): package(case, int(p), float(gamma)) for case, p, gamma in triples}, file)

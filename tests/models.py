@@ -177,19 +177,29 @@ def places(early: str, last: str = "last") -> dict[str, Any]:
 
 
 def mlp(**extra: nn.Module) -> Case:
-    model = nn.ModuleDict({
-        "trunk": nn.Sequential(nn.Linear(5, 6), nn.Tanh()),
-        "last": nn.Linear(6, 4),
-        "heads": nn.ModuleDict({"a": nn.Linear(4, 2), "b": nn.Linear(4, 1), **extra}),
-    })  # fmt: skip
+    model = nn.ModuleDict(
+        {
+            "trunk": nn.Sequential(nn.Linear(5, 6), nn.Tanh()),
+            "last": nn.Linear(6, 4),
+            "heads": nn.ModuleDict({"a": nn.Linear(4, 2), "b": nn.Linear(4, 1), **extra}),
+        }
+    )
     tasks = {
         "c": lambda m, z, batch: 10 * (z.sum(-1) - batch[1].sum(-1)).square().mean(),  # a head with no parameters
         "a": lambda m, z, batch: mse(m("heads.a", z), batch[1]),
         "b": lambda m, z, batch: F.softplus(m("heads.b", z)).mean(),
     }
     batch = (torch.randn(8, 5), torch.randn(8, 2))
-    return Case(model, batch, lambda m, batch: m("trunk", batch[0]), tasks, places("trunk.0.weight"),
-                frozenset({"heads"}), "last", torch.tanh)  # fmt: skip
+    return Case(
+        model,
+        batch,
+        lambda m, batch: m("trunk", batch[0]),
+        tasks,
+        places("trunk.0.weight"),
+        frozenset({"heads"}),
+        "last",
+        torch.tanh,
+    )
 
 
 def unused() -> Case:
@@ -214,8 +224,17 @@ def cnn() -> Case:
         "b": lambda m, z, batch: mse(m("heads.b", z).squeeze(-1), batch["x"].std((1, 2, 3))),
     }
     batch = {"x": torch.randn(6, 1, 8, 8), "label": torch.tensor([0, 1, 2, 2, 1, 0])}
-    return Case(model, batch, lambda m, batch: m("trunk", batch["x"]), tasks, places("trunk.0.weight"),
-                frozenset({"heads"}), "last", None, has_aux=True)  # fmt: skip
+    return Case(
+        model,
+        batch,
+        lambda m, batch: m("trunk", batch["x"]),
+        tasks,
+        places("trunk.0.weight"),
+        frozenset({"heads"}),
+        "last",
+        None,
+        has_aux=True,
+    )
 
 
 def transformer() -> Case:
@@ -233,8 +252,16 @@ def transformer() -> Case:
         "a": lambda m, z, batch: F.cross_entropy(m("heads.a", z).mT, batch.sum(-1).gt(0).long()),
         "b": lambda m, z, batch: mse(m("heads.b", z.mean(1)).squeeze(-1), batch.mean((1, 2))),
     }
-    return Case(model, torch.randn(3, 5, 4), backbone, tasks,
-                places("block.self_attn.in_proj_weight"), frozenset({"heads"}), "last", F.gelu)  # fmt: skip
+    return Case(
+        model,
+        torch.randn(3, 5, 4),
+        backbone,
+        tasks,
+        places("block.self_attn.in_proj_weight"),
+        frozenset({"heads"}),
+        "last",
+        F.gelu,
+    )
 
 
 def embedding(tied: bool = False) -> Case:
@@ -252,8 +279,16 @@ def embedding(tied: bool = False) -> Case:
 
     tasks = {"c": lambda m, z, tokens: z.square().mean(), "a": logits, "b": length}
     where = places("embed.weight") | {"trunk": ["trunk.weight", "embed"]}
-    return Case(model, torch.randint(0, 7, (4, 6)), lambda m, tokens: torch.tanh(m("trunk", m("embed", tokens))),
-                tasks, where, frozenset({"heads"}), "last", None)  # fmt: skip
+    return Case(
+        model,
+        torch.randint(0, 7, (4, 6)),
+        lambda m, tokens: torch.tanh(m("trunk", m("embed", tokens))),
+        tasks,
+        where,
+        frozenset({"heads"}),
+        "last",
+        None,
+    )
 
 
 def two_z() -> Case:
@@ -274,8 +309,15 @@ def two_z() -> Case:
     return Case(model, torch.randn(8, 3, 5), backbone, tasks, where, frozenset())
 
 
-MAKERS = {"mlp": mlp, "unused": unused, "cnn": cnn, "transformer": transformer, "embedding": embedding,
-          "tied": lambda: embedding(tied=True), "two_z": two_z}  # fmt: skip
+MAKERS = {
+    "mlp": mlp,
+    "unused": unused,
+    "cnn": cnn,
+    "transformer": transformer,
+    "embedding": embedding,
+    "tied": lambda: embedding(tied=True),
+    "two_z": two_z,
+}
 
 
 @lru_cache

@@ -45,8 +45,16 @@ def main(folder, fraction=None):
         optimizer.step()
         if (step + 1) % EVERY == 0:
             # Complete or not there: the name is given to a file that is already whole.
-            torch.save({"params": params, "optimizer": optimizer.state_dict(), "state": gn.state_dict(state),
-                        "draw": draw.get_state(), "step": step + 1}, folder / "next.pt")  # fmt: skip
+            torch.save(
+                {
+                    "params": params,
+                    "optimizer": optimizer.state_dict(),
+                    "state": gn.state_dict(state),
+                    "draw": draw.get_state(),
+                    "step": step + 1,
+                },
+                folder / "next.pt",
+            )
             os.replace(folder / "next.pt", checkpoint)
     if fraction is not None:
         signal.pause()  # the shot is on its way

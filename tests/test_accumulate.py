@@ -159,8 +159,9 @@ def test_aux_comes_as_a_list(name):
     state = method.init(3, dtype=F64)
     grads, _, _, aux = method.grad(state, params, loss_fn, batch, micro_batches=2, has_aux=True)
     assert [part["note"] for part in aux] == ["whole", "whole"]
-    torch.testing.assert_close(torch.stack([part["mean"] for part in aux]), torch.stack(
-        [batch["x"][:3].mean(0), batch["x"][3:].mean(0)]))  # fmt: skip
+    torch.testing.assert_close(
+        torch.stack([part["mean"] for part in aux]), torch.stack([batch["x"][:3].mean(0), batch["x"][3:].mean(0)])
+    )
     expected, _, _, one = method.grad(state, params, loss_fn, batch, has_aux=True)
     assert one["note"] == "whole"
     torch.testing.assert_close(grads, expected)
@@ -193,9 +194,7 @@ def test_rotations_give_aux_and_one_graph():
 def test_a_number_that_is_none(micro_batches):
     problem = make_problem()
     with pytest.raises(ValueError, match=r"micro_batches=.* must be an integer"):
-        gn.gradnorm_grad(
-            gn.init_state(3), problem.params, problem.general, problem.batch, micro_batches=micro_batches
-        )  # fmt: skip
+        gn.gradnorm_grad(gn.init_state(3), problem.params, problem.general, problem.batch, micro_batches=micro_batches)
 
 
 def test_batches_that_cannot_be_cut():

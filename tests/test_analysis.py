@@ -43,8 +43,10 @@ def test_against_autograd(name: str, form: str, place: str, no_grad: bool) -> No
     args, gram = (loss_fn, case.params(requires_grad=True), case.batch), rows @ rows.T
     with torch.no_grad() if no_grad else torch.enable_grad():
         for _ in range(2):
-            found = {f: f(*args, where=case.where[place]) for f in (
-                gn.task_grads, gn.task_grad_norms, gn.task_gramian, gn.task_cosine_similarity)}  # fmt: skip
+            found = {
+                f: f(*args, where=case.where[place])
+                for f in (gn.task_grads, gn.task_grad_norms, gn.task_gramian, gn.task_cosine_similarity)
+            }
             assert_free(list(found.values()))
             flat = torch.cat([leaf.flatten(1) for leaf in optree.tree_leaves(found[gn.task_grads][1])], 1)
             assert_near(flat, rows, scale=rows.norm())
@@ -72,8 +74,12 @@ def classic(case: Case, form: str, place: str, params: dict[str, Tensor], create
     else:
         losses = [case.loss_fn()(params, case.batch)[name] for name in "abc"]
         wrt = [params[path] for path in case.paths(case.where[place])]
-    found = [torch.autograd.grad(x, wrt, retain_graph=True, create_graph=create_graph, allow_unused=True,
-                                 materialize_grads=True) for x in losses]  # fmt: skip
+    found = [
+        torch.autograd.grad(
+            x, wrt, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
+        )
+        for x in losses
+    ]
     assert all(norm(list(row)) > 0 for row in found)
     return found
 
@@ -160,8 +166,11 @@ def test_under_vmap_of_grad() -> None:
 # ---- compiled
 
 COMPILED = [
-    ("mlp", "general", "mixed"), ("cnn", "linear", "layer"), ("tied", "function", "mixed"), ("two_z", "within", "z"),
-]  # fmt: skip
+    ("mlp", "general", "mixed"),
+    ("cnn", "linear", "layer"),
+    ("tied", "function", "mixed"),
+    ("two_z", "within", "z"),
+]
 
 
 @pytest.mark.parametrize(("name", "form", "place"), COMPILED)

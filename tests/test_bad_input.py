@@ -42,11 +42,13 @@ def tasks_changed(losses, state):
 CALLS = {
     # a state, and what comes after it
     "params first": (
-        lambda s: gn.gradnorm_grad(P, s, GENERAL, B), "state=dict has no weights: the order of arguments is (state,"
+        lambda s: gn.gradnorm_grad(P, s, GENERAL, B),
+        "state=dict has no weights: the order of arguments is (state,",
     ),
     "loss_fn first": (lambda s: gn.gradnorm_update(GENERAL, s, P, B), "state=function has no weights"),
     "loss_fn before params": (
-        lambda s: gn.gradnorm_grad(s, GENERAL, P, B), "the order of arguments is (state, params, loss_fn, batch)"
+        lambda s: gn.gradnorm_grad(s, GENERAL, P, B),
+        "the order of arguments is (state, params, loss_fn, batch)",
     ),
     "state of fixed_ratio": (
         lambda s: gn.gradnorm_grad(FIXED.init(3), P, SEAM, B),
@@ -69,13 +71,12 @@ CALLS = {
     # number of tasks
     "tasks, general": (lambda s: gn.gradnorm_grad(fresh(2), P, GENERAL, B), tasks_changed(3, 2)),
     "tasks, general at W": (
-        lambda s: gn.gradnorm_grad(fresh(4), P, GENERAL, B, where="trunk.1.weight"), tasks_changed(3, 4)
+        lambda s: gn.gradnorm_grad(fresh(4), P, GENERAL, B, where="trunk.1.weight"),
+        tasks_changed(3, 4),
     ),
     "tasks, seam": (lambda s: gn.gradnorm_grad(fresh(2), P, SEAM, B), tasks_changed(3, 2)),
     "tasks, separable": (lambda s: gn.gradnorm_grad(fresh(2), torch.ones(2), separable, B), tasks_changed(3, 2)),
-    "tasks, stacked": (
-        lambda s: gn.gradnorm_grad(s, STACKED_PARAMS, stacked, torch.ones(4, 3)), tasks_changed(5, 3)
-    ),
+    "tasks, stacked": (lambda s: gn.gradnorm_grad(s, STACKED_PARAMS, stacked, torch.ones(4, 3)), tasks_changed(5, 3)),
     "tasks, update": (lambda s: gn.gradnorm_update(fresh(2), P, SEAM, B), tasks_changed(3, 2)),
     "tasks, fixed_ratio": (lambda s: FIXED.grad(FIXED.init(2), P, SEAM, B), tasks_changed(3, 2)),
     "tasks, balance": (lambda s: gn.gradnorm_balance(s, stats([1.0, 2.0], [1.0, 2.0])), tasks_changed(2, 3)),
@@ -106,7 +107,8 @@ CALLS = {
         "has_aux=True, so loss_fn must return (losses, aux), not dict",
     ),
     "no aux, seam": (
-        lambda s: gn.gradnorm_grad(s, P, SEAM, B, has_aux=True), "multi_task_loss was made with has_aux=False"
+        lambda s: gn.gradnorm_grad(s, P, SEAM, B, has_aux=True),
+        "multi_task_loss was made with has_aux=False",
     ),
     # params and where
     "no params": (lambda s: gn.gradnorm_grad(s, {}, GENERAL, B), "params has no leaves"),
@@ -122,7 +124,8 @@ CALLS = {
     "one unknown of two": (lambda s: gn.gradnorm_grad(s, P, SEAM, B, where=["trunk", "haed"]), "where='haed' matches"),
     "no where": (lambda s: gn.gradnorm_grad(s, P, SEAM, B, where=[]), "where=[] selects no parameter; give a path"),
     "where never": (
-        lambda s: gn.gradnorm_grad(s, P, SEAM, B, where=lambda path: False), "selects no parameter; the paths are"
+        lambda s: gn.gradnorm_grad(s, P, SEAM, B, where=lambda path: False),
+        "selects no parameter; the paths are",
     ),
     # hyperparameters
     "alpha": (lambda s: gn.gradnorm_grad(s, P, SEAM, B, alpha=-0.5), "alpha=-0.5 must be at least 0: 0 aims at equal"),
@@ -143,7 +146,8 @@ CALLS = {
         "norm_ratios=[1, -2, 1] must be positive",
     ),
     "torch's optimizer": (
-        lambda s: gn.gradnorm_grad(s, P, SEAM, B, optimizer=torch.optim.Adam), "must be gn.sgd(lr), gn.adam(lr) or"
+        lambda s: gn.gradnorm_grad(s, P, SEAM, B, optimizer=torch.optim.Adam),
+        "must be gn.sgd(lr), gn.adam(lr) or",
     ),
     "sgd rate": (lambda s: gn.sgd(-0.1), "learning_rate=-0.1 must be positive; to freeze the weights pass update=Fal"),
     "adam rate": (lambda s: gn.adam(0), "learning_rate=0 must be positive"),
@@ -160,7 +164,8 @@ CALLS = {
         "mask=[False, False, False] leaves no task: skip this batch, or pass update=False",
     ),
     "nothing present, dict": (
-        lambda s: gn.gradnorm_balance(s, stats([1, 2, 3]), mask=dict.fromkeys("abc", False)), "leaves no task"
+        lambda s: gn.gradnorm_balance(s, stats([1, 2, 3]), mask=dict.fromkeys("abc", False)),
+        "leaves no task",
     ),
     "mask length": (
         lambda s: gn.gradnorm_grad(s, P, SEAM, B, mask=torch.tensor([True, False])),
@@ -180,7 +185,7 @@ CALLS = {
     # multi_task_loss
     "one head": (lambda s: gn.multi_task_loss(lambda p, b: b, [len]), "heads has 1 task(s); balancing needs at least"),
     "train on nothing": (lambda s: gn.train(P, SEAM, []), "batches is empty: there was nothing to train on"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CALLS)

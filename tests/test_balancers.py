@@ -144,9 +144,13 @@ def test_mask_update_and_hyperparameters_as_tensors_are_one_graph_too():
     state = eager_state = gn.init_state(3, dtype=F64)
     for t in range(6):
         arguments = (
-            problem.params, make_batch(t), torch.tensor(0.3 * t, dtype=F64), torch.tensor(0.01 * (t + 1), dtype=F64),
-            {"t0": torch.tensor(t != 2), "t1": torch.tensor(True), "t2": torch.tensor(t < 4)}, torch.tensor(t != 3),
-        )  # fmt: skip
+            problem.params,
+            make_batch(t),
+            torch.tensor(0.3 * t, dtype=F64),
+            torch.tensor(0.01 * (t + 1), dtype=F64),
+            {"t0": torch.tensor(t != 2), "t1": torch.tensor(True), "t2": torch.tensor(t < 4)},
+            torch.tensor(t != 3),
+        )
         grads, state, _ = compiled(state, *arguments)
         eager_grads, eager_state, _ = step(eager_state, *arguments)
         assert_close((grads, state), (eager_grads, eager_state))

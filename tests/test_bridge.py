@@ -355,10 +355,12 @@ def test_stacked_heads():
     losses = torch.func.vmap(lambda w, z, t: (z @ w - t).square().mean())(heads, torch.stack(copies), y.T)
     stats = gn.measure_losses(losses, copies, needs="gramian")
     z = trunk(x).detach().requires_grad_()
-    rows = torch.stack([
-        torch.autograd.grad((z @ u - t).square().mean(), z)[0].flatten()
-        for u, t in zip(heads.detach(), y.T, strict=True)
-    ])  # fmt: skip
+    rows = torch.stack(
+        [
+            torch.autograd.grad((z @ u - t).square().mean(), z)[0].flatten()
+            for u, t in zip(heads.detach(), y.T, strict=True)
+        ]
+    )
     assert rows.norm() > 0
     torch.testing.assert_close(stats.gramian, rows @ rows.T)
     torch.testing.assert_close(stats.grad_norms, rows.norm(dim=1))

@@ -70,6 +70,7 @@ def test_toy_prints_final_numbers_and_saves_a_figure(tmp_path, capsys):
         (["--out", "figure.txt"], ".png"),
         (["--nonsense"], "--nonsense"),
         (["train"], "invalid choice"),
+        (["pinn"], "digits"),
         (["toy", "--tasks", "1"], "at least 2"),
         (["toy", "--seeds", "3"], "--seeds"),
     ],
@@ -129,7 +130,7 @@ def test_every_method_gets_the_same_start_and_batches():
             yield batch
 
     methods = [compare.equal(), *(trials[0] for trials in compare.candidates(compare.Settings((0,), 2, 1, 0.1, 0.025)))]
-    firsts = [compare.train(method, data, 3, 2, keep)[1].losses[0] for method in methods]
+    firsts = [compare.train(method, data, 3, 2, keep)[2].losses[0] for method in methods]
     assert len(methods) == 4
     for i, first in enumerate(firsts):
         assert torch.equal(first, firsts[0])

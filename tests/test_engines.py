@@ -79,8 +79,14 @@ def assert_aux(case: Case, aux: dict[str, Tensor]) -> None:
 def test_general_structures(name: str, place: str, structure: str) -> None:
     case, (build, order) = make(name), STRUCTURES[structure]
     params = case.params()
-    out = gn.measure(params, case.loss_fn(build), case.batch, weights=weights_of(order), where=case.where[place],
-                     has_aux=case.has_aux)  # fmt: skip
+    out = gn.measure(
+        params,
+        case.loss_fn(build),
+        case.batch,
+        weights=weights_of(order),
+        where=case.where[place],
+        has_aux=case.has_aux,
+    )
     stats = out[0] if case.has_aux else out
     assert_stats(case, order, place, stats, at_z=False)
     if case.has_aux:
@@ -100,8 +106,15 @@ def test_general_structures(name: str, place: str, structure: str) -> None:
 @pytest.mark.parametrize(("name", "place"), TABLE)
 def test_general_modes(name: str, place: str, mode: str) -> None:
     case = make(name)
-    run = partial(gn.measure, case.params(), case.loss_fn(), case.batch, where=case.where[place], has_aux=case.has_aux,
-                  **MODES[mode])  # fmt: skip
+    run = partial(
+        gn.measure,
+        case.params(),
+        case.loss_fn(),
+        case.batch,
+        where=case.where[place],
+        has_aux=case.has_aux,
+        **MODES[mode],
+    )
     order = order_of(case)
     out = run(weights=weights_of(order))
     assert_stats(case, order, place, out[0] if case.has_aux else out, at_z=False)
@@ -168,8 +181,9 @@ def test_seam(name: str, last: str, place: str) -> None:
         if call == 1:  # a pass of another kind between two of one kind
             out = run(norms_only=True)
             assert_norms(case, order, place, (out[0] if case.has_aux else out).grad_norms, at_z)
-            losses, grads, *_ = gn.task_grads(loss_fn, params, case.batch, where=case.where[place],
-                                              has_aux=case.has_aux)  # fmt: skip
+            losses, grads, *_ = gn.task_grads(
+                loss_fn, params, case.batch, where=case.where[place], has_aux=case.has_aux
+            )
             assert list(losses) == list(case.tasks)
             assert_rows(case, order, place, grads, at_z)
     assert_untouched(before)
@@ -193,8 +207,14 @@ def test_seam_structures(place: str, structure: str) -> None:
 @pytest.mark.parametrize("name", ["mlp", "tied"])
 def test_seam_modes(name: str, mode: str) -> None:
     case = make(name)
-    stats = gn.measure(case.params(), case.seam("function"), case.batch, weights=weights_of("abc"),
-                       where=case.where["mixed"], **MODES[mode])  # fmt: skip
+    stats = gn.measure(
+        case.params(),
+        case.seam("function"),
+        case.batch,
+        weights=weights_of("abc"),
+        where=case.where["mixed"],
+        **MODES[mode],
+    )
     assert_stats(case, "abc", "mixed", stats, at_z=False)
 
 
@@ -215,13 +235,21 @@ def test_weights_from_norms(name: str, form: str, place: str) -> None:
     case = make(name)
     loss_fn = in_form(case, form)
     for _ in range(2):
-        out = gn.measure(case.params(), loss_fn, case.batch, where=case.where[place], has_aux=case.has_aux,
-                         weights=lambda stats: stats.losses / stats.grad_norms)  # fmt: skip
+        out = gn.measure(
+            case.params(),
+            loss_fn,
+            case.batch,
+            where=case.where[place],
+            has_aux=case.has_aux,
+            weights=lambda stats: stats.losses / stats.grad_norms,
+        )
         stats = out[0] if case.has_aux else out
         assert_norms(case, "abc", place, stats.grad_norms, place == "z" and form != "general")
         rows, weights = case.reference(None).rows, stats.losses / stats.grad_norms
-        total = [sum(w * g for w, g in zip(weights, leaf, strict=True))
-                 for leaf in zip(*(rows[t] for t in "abc"), strict=True)]  # fmt: skip
+        total = [
+            sum(w * g for w, g in zip(weights, leaf, strict=True))
+            for leaf in zip(*(rows[t] for t in "abc"), strict=True)
+        ]
         assert_same_sum([stats.grads[path] for path in case.paths(None)], total)
 
 

@@ -11,11 +11,18 @@ from oracle import ROUNDING, RTOL, assert_free, assert_near, assert_untouched, s
 from torch import Tensor, nn
 
 import gradnorm_func as gn
+from gradnorm_func._tools.layers import LayerReport
 
 D = {"dtype": torch.float64}
 FORMS = ["general", "within", "function", "linear"]
-CASES = [("mlp", form) for form in FORMS] + [("tied", "general"), ("tied", "linear"), ("cnn", "linear"),
-         ("unused", "function"), ("transformer", "within"), ("two_z", "within")]  # fmt: skip
+CASES = [("mlp", form) for form in FORMS] + [
+    ("tied", "general"),
+    ("tied", "linear"),
+    ("cnn", "linear"),
+    ("unused", "function"),
+    ("transformer", "within"),
+    ("two_z", "within"),
+]
 
 
 def loss_of(case: Case, form: str) -> Any:
@@ -118,12 +125,12 @@ def test_compiled(form: str) -> None:
 # ---- the table
 
 
-def report(**norms: list[float]) -> gn.LayerReport:
+def report(**norms: list[float]) -> LayerReport:
     tasks = len(next(iter(norms.values())))
     cosines = torch.eye(tasks)
     cosines[0, 1] = cosines[1, 0] = -0.5
     losses = {f"t{i:02}": torch.tensor(1.0) for i in range(tasks)}
-    return gn.LayerReport(losses, {k: torch.tensor(v) for k, v in norms.items()}, dict.fromkeys(norms, cosines))
+    return LayerReport(losses, {k: torch.tensor(v) for k, v in norms.items()}, dict.fromkeys(norms, cosines))
 
 
 def test_table_names_tasks_layers_and_the_last_shared_one() -> None:

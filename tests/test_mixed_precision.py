@@ -193,11 +193,13 @@ def test_bfloat16_autocast_equals_the_loop(kind, place):
     net, batch = make_net(), make_batch()
     params = make_params(net)
     with autocast():
-        found = gn.measure(params, loss_of(kind, net), batch, weights=WEIGHTS, where=PLACES[place], norms_only=True,
-                           has_aux=True)  # fmt: skip
+        found = gn.measure(
+            params, loss_of(kind, net), batch, weights=WEIGHTS, where=PLACES[place], norms_only=True, has_aux=True
+        )
     norms = check(kind, place, net, found, params, batch, autocast())
-    exact = gn.measure(*(lambda n, p, b: (p, loss_of(kind, n), b))(*doubled(net, params, batch)), where=PLACES[place],
-                       has_aux=True)[0]  # fmt: skip
+    exact = gn.measure(
+        *(lambda n, p, b: (p, loss_of(kind, n), b))(*doubled(net, params, batch)), where=PLACES[place], has_aux=True
+    )[0]
     assert 1e-5 < gap(found[0].grad_norms, exact.grad_norms) < 3e-2
     assert gap(norms, exact.grad_norms) < 3e-2
 
@@ -207,8 +209,9 @@ def test_autocast_inside_the_loss(kind):
     net, batch = make_net("layer"), make_batch()
     params = make_params(net)
     for place in ("z", "trunk", "last"):
-        found = gn.measure(params, loss_of(kind, net, BF16), batch, weights=WEIGHTS, where=PLACES[place],
-                           norms_only=True, has_aux=True)  # fmt: skip
+        found = gn.measure(
+            params, loss_of(kind, net, BF16), batch, weights=WEIGHTS, where=PLACES[place], norms_only=True, has_aux=True
+        )
         check(kind, place, net, found, params, batch, autocast())
 
 
@@ -250,8 +253,9 @@ def test_parameters_in_bfloat16(kind, place):
     net, batch = make_net("layer"), make_batch()
     params = {k: p.to(BF16) for k, p in make_params(net).items()}
     data = tuple(x.to(BF16) for x in batch)
-    found = gn.measure(params, loss_of(kind, net), data, weights=WEIGHTS, where=PLACES[place], norms_only=True,
-                       has_aux=True)  # fmt: skip
+    found = gn.measure(
+        params, loss_of(kind, net), data, weights=WEIGHTS, where=PLACES[place], norms_only=True, has_aux=True
+    )
     check(kind, place, net, found, params, data, autocast(where=None))
 
 
@@ -267,8 +271,9 @@ def test_normalisation_under_autocast(kind, norm):
     for place in ("z", "trunk", "last") + (("norm",) if "without" not in norm else ()):
         where = PLACES[place]
         with autocast():
-            found = gn.measure(params, loss_of(kind, net), batch, weights=WEIGHTS, where=where, norms_only=True,
-                               has_aux=True)  # fmt: skip
+            found = gn.measure(
+                params, loss_of(kind, net), batch, weights=WEIGHTS, where=where, norms_only=True, has_aux=True
+            )
         check(kind, place, net, found, params, batch, autocast())
 
 
@@ -279,8 +284,12 @@ def test_normalisation_compiled(kind, norm):
     params, loss_fn = make_params(net, False), loss_of(kind, net)
     for place in ("trunk",) if kind != "general" else ("z",):
         with autocast():
-            run = torch.compile(lambda p, b, at=PLACES[place]: gn.measure(
-                p, loss_fn, b, weights=WEIGHTS, where=at, norms_only=True, has_aux=True), fullgraph=True)  # fmt: skip
+            run = torch.compile(
+                lambda p, b, at=PLACES[place]: gn.measure(
+                    p, loss_fn, b, weights=WEIGHTS, where=at, norms_only=True, has_aux=True
+                ),
+                fullgraph=True,
+            )
             found = run(params, batch)
         check_compiled(kind, place, net, found, params, batch)
 
@@ -290,9 +299,13 @@ def test_autocast_compiled(kind):
     net, batch = make_net(), make_batch()
     params, loss_fn = make_params(net, False), loss_of(kind, net)
     for place in ("z", "last", "trunk"):
-        run = torch.compile(lambda p, b, at=PLACES[place]: gn.measure(
-            p, loss_fn, b, weights=WEIGHTS, where=at, norms_only=True, has_aux=True), fullgraph=True,
-            backend="aot_eager")  # fmt: skip
+        run = torch.compile(
+            lambda p, b, at=PLACES[place]: gn.measure(
+                p, loss_fn, b, weights=WEIGHTS, where=at, norms_only=True, has_aux=True
+            ),
+            fullgraph=True,
+            backend="aot_eager",
+        )
         with autocast():
             check_compiled(kind, place, net, run(params, batch), params, batch)
 
@@ -329,8 +342,10 @@ def test_backward_runs_as_the_forward_did():
     leaves = {k: p.clone().requires_grad_() for k, p in params.items()}
     with autocast():
         values = losses(leaves, x)
-    rows = [torch.cat([g.flatten() for g in torch.autograd.grad(v, list(leaves.values()), retain_graph=True)])
-            for v in values]  # fmt: skip
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(v, list(leaves.values()), retain_graph=True)])
+        for v in values
+    ]
     norms = torch.stack([row.norm() for row in rows])
     assert bool((norms > 0).all())
     separable = gn.multi_task_loss(None, [lambda p, x: losses(p, x)[0], lambda p, x: losses(p, x)[1]])
@@ -458,10 +473,13 @@ def test_loss_scale_saves_gradients_from_underflow(kind, place, as_tensor):
 
 def test_without_a_loss_scale_they_are_exactly_zero():
     net, batch = make_net(), make_batch()
-    params, loss_fn = make_params(net), gn.multi_task_loss(
-        lambda p, b: gn.functional(net["trunk"], "trunk")(p, b[0]),
-        [lambda p, z, b, i=i: 1e-8 * z[:, i].float().square().mean() for i in range(TASKS)],
-    )  # fmt: skip
+    params, loss_fn = (
+        make_params(net),
+        gn.multi_task_loss(
+            lambda p, b: gn.functional(net["trunk"], "trunk")(p, b[0]),
+            [lambda p, z, b, i=i: 1e-8 * z[:, i].float().square().mean() for i in range(TASKS)],
+        ),
+    )
     for where in (None, "trunk.0"):
         exact = gn.task_grad_norms(loss_fn, params, batch, where=where)
         with autocast(F16):
@@ -560,8 +578,9 @@ def test_a_loss_scale_that_changes_is_one_graph():
         loss_fn, counter = loss_of(kind, net), CompileCounterWithBackend("aot_eager")
         step = torch.compile(
             lambda w, p, b, s, f=loss_fn: gn.gradnorm_grad(w, p, f, b, where="last", has_aux=True, loss_scale=s),
-            fullgraph=True, backend=counter,
-        )  # fmt: skip
+            fullgraph=True,
+            backend=counter,
+        )
         state = gn.init_state(TASKS)
         with autocast(F16):
             for power in (0, 4, 7, 30):

@@ -373,8 +373,13 @@ def test_compare_counts_the_runs_that_diverged() -> None:
 def test_pareto() -> None:
     sweep = torch.tensor([[1.0, 4.0], [3.0, 3.0], [2.0, 2.0], [torch.nan, 0.1], [4.0, 1.0]])
     ax = axis()
-    found = plot.pareto(sweep, ax, methods={"GradNorm": [[1.5, 1.0], [1.6, 1.1]], "equal": [3, 2]}, names=["a", "b"],
-                        shares=[0.9, 0.7, 0.5, 0.3, 0.1])  # fmt: skip
+    found = plot.pareto(
+        sweep,
+        ax,
+        methods={"GradNorm": [[1.5, 1.0], [1.6, 1.1]], "equal": [3, 2]},
+        names=["a", "b"],
+        shares=[0.9, 0.7, 0.5, 0.3, 0.1],
+    )
     assert found is ax
     np.testing.assert_array_equal(ax.lines[0].get_xydata(), [[1, 4], [2, 2], [4, 1]])
     np.testing.assert_array_equal(ax.lines[1].get_xydata(), [[3, 3]])
@@ -453,7 +458,7 @@ BAD = [
     case(r"two finite losses", lambda: plot.pareto([[torch.nan, 1.0]])),
     case(r"shares has shape", lambda: plot.pareto(torch.ones(3, 2), shares=[0.1])),
     case(r"methods\['a'\] has shape", lambda: plot.pareto(torch.ones(3, 2), methods={"a": [1.0, 2.0, 3.0]})),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("run", "message"), BAD)

@@ -34,8 +34,12 @@ RUNS = [
 # What a newcomer may get wrong, by script: what stands there, and what is put in its place.
 FAULTS = [
     ("plain", 1, "gn.write_grads(model, grads)", "gn.write_grads(model, {k: 1.1 * g for k, g in grads.items()})"),
-    ("ddp", 2, "gn.all_reduce(gn.measure_losses(losses, copies, num_examples=n))",
-     "gn.measure_losses(losses, copies, num_examples=n)._replace(num_examples=ranks * n)"),
+    (
+        "ddp",
+        2,
+        "gn.all_reduce(gn.measure_losses(losses, copies, num_examples=n))",
+        "gn.measure_losses(losses, copies, num_examples=n)._replace(num_examples=ranks * n)",
+    ),
     pytest.param("ddp", 2, "share = ranks * n / stats.num_examples", "share = 1", marks=slow),
     pytest.param("ddp", 2, "info.weights,", "state.weights,", marks=slow),
     pytest.param("fsdp2", 2, "scale=share, ", "", marks=slow),
@@ -43,12 +47,18 @@ FAULTS = [
     pytest.param("accelerate_loop", 2, "gn.all_reduce(running) if many else running", "running", marks=slow),
     pytest.param("hf_trainer", 1, "gn.merge(self.balance.running, stats)", "stats", marks=slow),
     pytest.param("hf_trainer", 1, "        if checkpoint:", "        if False:", marks=slow),
-    pytest.param("lightning_manual", 1, "gn.load_state(self.balance_state, checkpoint[\"balancer\"])",
-                 "self.balance_state", marks=slow),
-    pytest.param("lightning_manual", 2, "gn.all_reduce(stats) if self.trainer.world_size > 1 else stats", "stats",
-                 marks=slow),
-    pytest.param("resume", 1, "gn.load_state(state, saved[\"balancer\"])", "state", marks=slow),
-]  # fmt: skip
+    pytest.param(
+        "lightning_manual",
+        1,
+        'gn.load_state(self.balance_state, checkpoint["balancer"])',
+        "self.balance_state",
+        marks=slow,
+    ),
+    pytest.param(
+        "lightning_manual", 2, "gn.all_reduce(stats) if self.trainer.world_size > 1 else stats", "stats", marks=slow
+    ),
+    pytest.param("resume", 1, 'gn.load_state(state, saved["balancer"])', "state", marks=slow),
+]
 
 
 def run(script, processes, folder, *arguments):
@@ -59,9 +69,14 @@ def run(script, processes, folder, *arguments):
     checkpoints = [str(folder / "checkpoints")] if script.stem in ("hf_trainer", "lightning_manual") else []
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
-        [sys.executable, *launch, str(script), *checkpoints, *arguments], cwd=folder, env=env, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, *launch, str(script), *checkpoints, *arguments],
+        cwd=folder,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     try:
         output, _ = process.communicate(timeout=240)
     except subprocess.TimeoutExpired:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -126,8 +125,9 @@ def test_gradnorm_weights_aim_at_the_mean_of_norms_in_the_papers_form():
 
 def test_heads_get_the_gradients_of_their_own_losses():
     params, loss_fn, batch = problem()
-    state = gn.rotograd_init_state(T, D, rotations=start(), dtype=F64)
-    grads, _, _ = gn.rotograd_grad(state, params, loss_fn, batch)
+    method = gn.rotograd(D)
+    state = method.init(T, rotations=start(), dtype=F64)
+    grads, _, _ = method.grad(state, params, loss_fn, batch)
     z = loss_fn.backbone(params, batch)
     for k in range(T):
         w = params["heads"][f"t{k}"].clone().requires_grad_()
@@ -139,8 +139,8 @@ def test_heads_get_the_gradients_of_their_own_losses():
 def test_info_tells_conflict_before_and_after():
     params, loss_fn, batch = problem()
     rotations = start()
-    state = gn.rotograd_init_state(T, D, rotations=rotations, dtype=F64)
-    _, _, info = gn.rotograd_grad(state, params, loss_fn, batch)
+    method = gn.rotograd(D)
+    _, _, info = method.grad(method.init(T, rotations=rotations, dtype=F64), params, loss_fn, batch)
     _, at_heads, g = by_hand(params, loss_fn, batch, rotations)
     cosines = lambda x: torch.nn.functional.cosine_similarity(x.flatten(1)[:, None], x.flatten(1)[None], dim=-1)
     torch.testing.assert_close(info.head_cosines, cosines(at_heads))
@@ -153,10 +153,10 @@ def test_info_tells_conflict_before_and_after():
 
 def test_rotations_bring_the_gradients_together():
     params, loss_fn, batch = problem()
-    state = gn.rotograd_init_state(T, D, rotations=start(), dtype=F64, optimizer=gn.adam(0.02))
-    seen = []
+    method = gn.rotograd(D, optimizer=gn.adam(0.02))
+    state, seen = method.init(T, rotations=start(), dtype=F64), []
     for _ in range(200):
-        state, info = gn.rotograd_grad(state, params, loss_fn, batch, optimizer=gn.adam(0.02))[1:]
+        _, state, info = method.grad(state, params, loss_fn, batch)
         seen.append(info)
     off = ~torch.eye(T, dtype=torch.bool)
     assert seen[-1].cosines[off].min() > 0.3
@@ -180,33 +180,33 @@ def test_burn_in_takes_initial_losses_and_norms_anew(normalize):
 
 def test_normalised_losses_are_what_is_differentiated():
     params, loss_fn, batch = problem()
-    state = gn.rotograd_init_state(T, D, rotations=start(), dtype=F64, initial_losses=[2.0, 4.0, 8.0])
+    normalized, plain = gn.rotograd(D, normalize=True, burn_in=None), gn.rotograd(D, burn_in=None)
+    state = plain.init(T, rotations=start(), dtype=F64, initial_losses=[2.0, 4.0, 8.0])
 
     def half(k):
         return lambda p, z, b: loss_fn.functions[k](p, z, b) / 2.0 ** (k + 1)
 
     scaled = gn.multi_task_loss(loss_fn.backbone, {f"t{k}": half(k) for k in range(T)})
-    one, _, _ = gn.rotograd_grad(state, params, loss_fn, batch, normalize=True, burn_in=None)
-    two, _, _ = gn.rotograd_grad(state, params, scaled, batch, burn_in=None)
+    one, _, _ = normalized.grad(state, params, loss_fn, batch)
+    two, _, _ = plain.grad(state, params, scaled, batch)
     for a, b in zip(flat(one), flat(two), strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_a_loss_on_the_backbone_alone():
     params, loss_fn, batch = problem()
-    state = gn.rotograd_init_state(T, D, rotations=start(), dtype=F64)
     penalty = lambda p, z, batch: z.square().mean() + 0.3 * p["trunk"].square().sum()
-    plain, _, _ = gn.rotograd_grad(state, params, loss_fn, batch)
-    for _ in range(2):  # the second pass uses what the first has learned of who reads what
-        grads, new, info = gn.rotograd_grad(state, params, loss_fn, batch, backbone_loss=penalty)
+    state = gn.rotograd(D).init(T, rotations=start(), dtype=F64)
+    plain, _, _ = gn.rotograd(D).grad(state, params, loss_fn, batch)
+    grads, new, info = gn.rotograd(D, backbone_loss=penalty).grad(state, params, loss_fn, batch)
     trunk = params["trunk"].clone().requires_grad_()
     value = penalty({"trunk": trunk}, loss_fn.backbone({"trunk": trunk}, batch), batch)
     (own,) = torch.autograd.grad(value, trunk)
     torch.testing.assert_close(grads["trunk"], plain["trunk"] + own)
     torch.testing.assert_close(grads["heads"], plain["heads"])
     torch.testing.assert_close(info.total_loss, info.losses.sum() + value.detach())
-    grads, new, _ = gn.rotograd_grad(state, params, loss_fn, batch, backbone_loss=penalty, normalize=True)
-    normalised, _, _ = gn.rotograd_grad(state, params, loss_fn, batch, normalize=True)
+    grads, new, _ = gn.rotograd(D, backbone_loss=penalty, normalize=True).grad(state, params, loss_fn, batch)
+    normalised, _, _ = gn.rotograd(D, normalize=True).grad(state, params, loss_fn, batch)
     torch.testing.assert_close(grads["trunk"], normalised["trunk"] + own / value.detach())
     torch.testing.assert_close(new.initial_backbone_loss, value.detach())
 
@@ -242,11 +242,12 @@ def conv_problem():
 
 def test_folding_into_linear_and_convolutional_heads():
     params, loss_fn, batch = conv_problem()
-    state = gn.rotograd_init_state(2, 4, rotations=start(tasks=2, d=4), dtype=F64)
+    method = gn.rotograd(4, trailing_shape=(3, 5))
+    state = method.init(2, rotations=start(tasks=2, d=4), dtype=F64)
     task_fn = gn.rotograd_task_fn(loss_fn, trailing_shape=(3, 5))
     folded = gn.fold_rotations(params, state, {"a": "a", "b": "b"}, trailing_shape=(3, 5))
     losses = loss_fn(folded, batch)
-    _, _, info = gn.rotograd_grad(state, params, loss_fn, batch, trailing_shape=(3, 5))
+    _, _, info = method.grad(state, params, loss_fn, batch)
     for k, name in enumerate(("a", "b")):
         torch.testing.assert_close(task_fn(params, state, name)(batch), losses[name])
         torch.testing.assert_close(task_fn(params, state, k)(batch), info.losses[k])
@@ -319,9 +320,9 @@ def test_one_tensor_of_a_pytree():
     (expected,) = torch.autograd.grad([out["features"], out["skip"]], trunk, sums)
     torch.testing.assert_close(grads["trunk"], expected)
     with pytest.raises(ValueError, match=r"z has 2 tensors.*rotate="):
-        gn.rotograd_grad(state, params, loss_fn, batch)
+        gn.rotograd(D).grad(state, params, loss_fn, batch)
     with pytest.raises(ValueError, match="no tensor of z"):
-        gn.rotograd_grad(state, params, loss_fn, batch, rotate="nope")
+        gn.rotograd(D, rotate="nope").grad(state, params, loss_fn, batch)
 
 
 def test_stacked_heads_equal_separate_ones():
@@ -335,8 +336,9 @@ def test_stacked_heads_equal_separate_ones():
 
     heads = gn.stacked_heads(lambda p, z, batch: head(p["w"], z, batch["y"]), "heads", batch_dims={"x": None, "y": 0})
     one, two = gn.multi_task_loss(backbone, heads), gn.multi_task_loss(backbone, [single(k) for k in range(T)])
-    state = gn.rotograd_init_state(T, D, rotations=start(), dtype=F64)
-    a, b = gn.rotograd_grad(state, stacked, one, batch), gn.rotograd_grad(state, params, two, batch)
+    method = gn.rotograd(D)
+    state = method.init(T, rotations=start(), dtype=F64)
+    a, b = method.grad(state, stacked, one, batch), method.grad(state, params, two, batch)
     torch.testing.assert_close(a[0]["trunk"], b[0]["trunk"])
     torch.testing.assert_close(a[0]["heads"]["w"], torch.stack([b[0]["heads"][f"t{k}"] for k in range(T)]))
     torch.testing.assert_close(a[1].rotations, b[1].rotations)
@@ -386,6 +388,33 @@ def test_polish_restores_one_matrix_at_a_time():
 
 
 @pytest.mark.parametrize("kind", ["exp", "cayley"])
+def test_the_gradient_at_a_tangent_is_skew_to_the_bit(kind):
+    a = skew(torch.randn(3, 17, 17))
+    by_tangent = tangent_gradient(a, torch.randn(3, 17, 17), kind)
+    assert torch.equal(by_tangent, -by_tangent.mT)
+    assert by_tangent.norm() > 1
+
+
+@pytest.mark.parametrize("size", [1.0, 100.0])
+@pytest.mark.parametrize("hyper", [{"map": "exp"}, {"map": "cayley"}, {"map": "exp", "moving": True}])
+def test_rotations_stay_orthogonal_in_float32(hyper, size):
+    """Adam makes a step of full size out of rounding noise, which must have no part that leaves SO(m)."""
+    params, loss_fn, batch = problem(torch.float32)
+    large = gn.multi_task_loss(
+        loss_fn.backbone, [lambda p, z, b, head=head: size * head(p, z, b) for head in loss_fn.functions]
+    )
+    method = gn.rotograd(D, optimizer=gn.adam(0.02), **{"moving": False, **hyper})
+    state = first = method.init(T, rotations=start(dtype=torch.float32))
+    for _ in range(300):
+        _, state, _ = method.grad(state, params, large, batch)
+    r = state.rotations.double()
+    assert (r.mT @ r - torch.eye(D, dtype=F64)).abs().max() < 1e-5
+    assert (state.rotations - first.rotations).abs().max() > 0.1
+    if state.tangents != ():
+        assert torch.equal(state.tangents, -state.tangents.mT)
+
+
+@pytest.mark.parametrize("kind", ["exp", "cayley"])
 @pytest.mark.parametrize("rate", [5e-4, 5e-2])
 def test_orthogonal_after_ten_thousand_updates_in_float32(kind, rate):
     torch.manual_seed(0)
@@ -406,11 +435,18 @@ def test_orthogonal_after_ten_thousand_updates_in_float32(kind, rate):
 # --- micro-batches ---------------------------------------------------------------------------------------------------
 
 
-def cut(batch, sizes):
-    edges = [0, *itertools.accumulate(sizes)]
-    return [{"x": batch["x"][a:b], "y": batch["y"][:, a:b]} for a, b in itertools.pairwise(edges)]
+def by_example(loss_fn, batch):
+    """The same loss on a batch whose targets have the example axis first, as micro_batches cuts it."""
+    swap = lambda batch: {"x": batch["x"], "y": batch["y"].transpose(0, 1)}
+
+    def head(k):
+        return lambda p, z, batch: loss_fn.functions[k](p, z, swap(batch))
+
+    heads = {f"t{k}": head(k) for k in range(T)}
+    return gn.multi_task_loss(lambda p, batch: loss_fn.backbone(p, swap(batch)), heads), swap(batch)
 
 
+@pytest.mark.parametrize("micro_batches", [3, 4])
 @pytest.mark.parametrize(
     "hyper",
     [
@@ -420,31 +456,59 @@ def cut(batch, sizes):
         {"scale": "gradnorm", "form": "0.1.2", "alpha": 0.5, "cooperative": 1},
         {"moving": False, "map": "exp", "cooperative": 0},
         {"normalize": True, "backbone_loss": lambda p, z, b: z.square().mean()},
+        {"every": 2},
     ],
 )
-def test_two_passes_over_micro_batches_equal_the_whole_batch(hyper):
+def test_micro_batches_equal_the_whole_batch(hyper, micro_batches):
     params, loss_fn, batch = problem()
-    whole = parts = gn.rotograd_init_state(T, D, rotations=start(), dtype=F64, **hyper)
+    loss_fn, batch = by_example(loss_fn, batch)
+    method = gn.rotograd(D, **hyper)
+    whole = parts = method.init(T, rotations=start(), dtype=F64)
     for step in range(3):
         now = {**params, "trunk": params["trunk"] * (1 - 0.2 * step)}
-        grads, whole, info = gn.rotograd_grad(whole, now, loss_fn, batch, **hyper)
-        sizes = [3, 1, 4]
-        mine, parts, mine_info = gn.rotograd_accumulate(
-            parts, now, loss_fn, cut(batch, sizes), num_examples=sizes, **hyper
-        )
+        grads, whole, info = method.grad(whole, now, loss_fn, batch)
+        mine, parts, mine_info = method.grad(parts, now, loss_fn, batch, micro_batches=micro_batches)
         for a, b in zip(flat((grads, whole, info)), flat((mine, parts, mine_info)), strict=True):
             torch.testing.assert_close(a, b, equal_nan=True)
 
 
-def test_one_pass_has_exact_rotations_and_approximate_factors():
+@pytest.mark.parametrize(
+    "hyper",
+    [
+        {},
+        {"normalize": True, "backbone_loss": lambda p, z, b: z.square().mean()},
+        {"form": "0.1.2", "scale": "none", "normalize": True, "cooperative": 0},
+    ],
+)
+def test_stats_of_unequal_parts_merge_to_those_of_the_whole(hyper):
+    """As ranks do it: the stats of every part, and after them the gradients made with the factors of the whole."""
     params, loss_fn, batch = problem()
-    state = gn.rotograd_init_state(T, D, rotations=start(), dtype=F64)
-    grads, whole, _ = gn.rotograd_grad(state, params, loss_fn, batch)
-    mine, parts, _ = gn.rotograd_accumulate(state, params, loss_fn, cut(batch, [4, 4]), exact=False)
-    torch.testing.assert_close(parts.rotations, whole.rotations)
-    torch.testing.assert_close(mine["heads"], grads["heads"])
-    cosine = torch.nn.functional.cosine_similarity(mine["trunk"].flatten(), grads["trunk"].flatten(), dim=0)
-    assert 0.5 < cosine < 1 - 1e-6
+    loss_fn, batch = by_example(loss_fn, batch)
+    method = gn.rotograd(D, **hyper)
+    state = method.init(T, rotations=start(), dtype=F64)
+    grads, expected, _ = method.grad(state, params, loss_fn, batch)
+    x, y = (batch[name].split([3, 1, 4]) for name in ("x", "y"))
+    parts = [{"x": x, "y": y} for x, y in zip(x, y, strict=True)]
+
+    def rounds_of(part, answers):
+        """What `reduce` sees in each round, being answered with `answers`."""
+        rounds = []
+        reduce = lambda stats: rounds.append(stats) or (answers[len(rounds) - 1] or stats)
+        method.grad(state, params, loss_fn, part, reduce=reduce)
+        return rounds
+
+    measured = [rounds_of(part, [None, None])[0] for part in parts]
+    assert [float(stats.num_examples) for stats in measured] == [3.0, 1.0, 4.0]
+    merged = gn.merge(*measured)
+    whole = gn.merge(rounds_of(batch, [None, None])[0])
+    torch.testing.assert_close(merged, whole, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(gn.merge(gn.merge(*measured[:2]), measured[2]), whole, rtol=1e-12, atol=1e-14)
+    new, _ = method.balance(state, merged)
+    torch.testing.assert_close(new, expected, rtol=1e-10, atol=1e-12, equal_nan=True)
+    last = gn.merge(*(rounds_of(part, [merged, None])[1] for part in parts))
+    torch.testing.assert_close(last.grads, grads, rtol=1e-10, atol=1e-12)
+    wrong = gn.merge(*(rounds_of(part, [None, None])[1] for part in parts))  # every part with factors of its own
+    assert "cooperative" in hyper or (wrong.grads["trunk"] - grads["trunk"]).abs().max() > 1e-4
 
 
 # --- a citizen of the package ----------------------------------------------------------------------------------------
@@ -578,9 +642,90 @@ def test_absent_tasks_keep_their_rotations():
     assert not torch.equal(new.rotations[0], state.rotations[0])
     assert not grads["heads"]["t1"].any()
     two = gn.multi_task_loss(loss_fn.backbone, [loss_fn.functions[k] for k in (0, 2)])
-    pair = gn.rotograd_init_state(2, D, rotations=state.rotations[[0, 2]], dtype=F64)
-    _, _, alone = gn.rotograd_grad(pair, params, two, batch)
+    pair = gn.rotograd(D)
+    _, _, alone = pair.grad(pair.init(2, rotations=state.rotations[[0, 2]], dtype=F64), params, two, batch)
     torch.testing.assert_close(info.rotation_losses[[0, 2]], alone.rotation_losses)
+
+
+@pytest.mark.parametrize("how", ["whole", "micro-batches"])
+@pytest.mark.parametrize("name", [*VARIANTS, "cooperative"])
+def test_tasks_that_come_one_after_the_other(name, how):
+    """A task that has not been seen has no L(0) yet: nothing of that may reach the others, or its head."""
+    params, loss_fn, batch = problem()
+    loss_fn, batch = by_example(loss_fn, batch)
+    method = gn.rotograd(D, scale="none", cooperative=0, normalize=True) if name == "cooperative" else build(
+        name, normalize=True)  # fmt: skip
+    state = method.init(T, dtype=F64)
+    seen = torch.zeros(T, dtype=torch.bool)
+    keywords = {"micro_batches": 3} if how == "micro-batches" else {}
+    for step in range(12):
+        mask = torch.arange(T) != step % 2  # the first and the second in turn, the third always
+        seen |= mask
+        grads, state, info = method.grad(state, params, loss_fn, batch, mask=mask, **keywords)
+        assert bool(info.finite)
+        assert int(state.step) == step + 1
+        assert torch.equal(state.initial_losses.isfinite(), seen)
+        assert all(leaf.isfinite().all() for leaf in flat((grads, state.rotations, state.moments, info)))
+        for k in range(T):
+            assert bool(grads["heads"][f"t{k}"].any()) == bool(mask[k])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_kth_step(name):
+    """Rotations, weights and L(0) move in their turn; the trunk's factors are those of every step."""
+    params, loss_fn, batch = problem()
+    method, always = build(name, every=3, burn_in=4), build(name, burn_in=None)
+    state = method.init(T, rotations=start(d=VARIANTS[name].get("rotation_shape", D)), dtype=F64)
+    for step in range(9):
+        now = {**params, "trunk": params["trunk"] * (1 - 0.05 * step)}
+        old = state
+        grads, state, info = method.grad(old, now, loss_fn, batch)
+        expected, moved, other = always.grad(old, now, loss_fn, batch)
+        assert int(state.step) == step + 1
+        if step == 6:  # the burn-in of step 4, in the next turn
+            torch.testing.assert_close(state.initial_losses, info.losses)
+            assert not torch.equal(state.initial_losses, old.initial_losses)
+            continue
+        torch.testing.assert_close(grads, expected)
+        torch.testing.assert_close(info, other)
+        target = moved if step % 3 == 0 else old._replace(step=old.step + 1)
+        torch.testing.assert_close(state, target, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(method.update(old, now, loss_fn, batch).rotations, state.rotations)
+        assert torch.equal(state.rotations, old.rotations) == (step % 3 != 0)
+
+
+@pytest.mark.parametrize("name", ["rotograd", "0.1.2"])
+def test_every_kth_step_compiled_is_one_graph(name):
+    torch._dynamo.reset()
+    params, loss_fn, batch = problem()
+    method, graphs = build(name, every=2, burn_in=3), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda s, p, b: method.grad(s, p, loss_fn, b), fullgraph=True, backend=count)
+    one = two = method.init(T, rotations=start(), dtype=F64)
+    for step in range(8):
+        now = {**params, "trunk": params["trunk"] * (1 - 0.05 * step)}
+        found = compiled(one, now, batch)
+        expected = method.grad(two, now, loss_fn, batch)
+        for a, b in zip(flat(found), flat(expected), strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True)
+        one, two = found[1], expected[1]
+    assert len(graphs) == 1
+
+
+def test_a_step_between_turns_measures_no_moments():
+    params, loss_fn, batch = problem()
+    method, stats = gn.rotograd(D, every=2), []
+    state = method.init(T, dtype=F64)
+    reduce = lambda part: stats.append(part) or part
+    for _ in range(2):
+        state = method.update(state, params, loss_fn, batch, reduce=reduce)
+    assert [part.cross == () for part in stats] == [False, True]
+    with pytest.raises(ValueError, match="in which nothing moves"):
+        method.balance(state, stats[1])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -598,11 +743,79 @@ def test_a_frozen_state_stays(name):
 def test_float32_and_bfloat16_parameters():
     for dtype in (torch.float32, torch.bfloat16):
         params, loss_fn, batch = problem(dtype)
-        state = gn.rotograd_init_state(T, D)
-        grads, state, info = gn.rotograd_grad(state, params, loss_fn, batch)
+        method = gn.rotograd(D)
+        grads, state, info = method.grad(method.init(T), params, loss_fn, batch)
         assert all(grad.dtype == dtype for grad in flat(grads))
         assert state.rotations.dtype == info.cosines.dtype == torch.float32
         assert bool(info.finite)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_loss_scale(name):
+    params, loss_fn, batch = problem()
+    penalty = lambda p, z, batch: z.square().mean()
+    method = build(name, backbone_loss=penalty)
+    state = method.init(T, dtype=F64)
+    grads, new, info = method.grad(state, params, loss_fn, batch)
+    for scale in (2.0**10, torch.tensor(2.0**-3)):
+        larger, same, other = method.grad(state, params, loss_fn, batch, loss_scale=scale)
+        torch.testing.assert_close(larger, gn._core.tree.tree_map(lambda grad, s=scale: grad * s, grads))
+        torch.testing.assert_close((same, other), (new, info), equal_nan=True)
+        torch.testing.assert_close(method.update(state, params, loss_fn, batch, loss_scale=scale), new, equal_nan=True)
+    _, same, info = method.grad(state, params, loss_fn, batch, loss_scale=1e308)
+    assert not bool(info.finite)
+    torch.testing.assert_close(same, state, rtol=0, atol=0, equal_nan=True)
+
+
+def test_loss_scale_saves_small_gradients_in_float16():
+    params, loss_fn, batch = problem(torch.float16)
+    tiny = gn.multi_task_loss(
+        loss_fn.backbone, [lambda p, z, b, head=head: 1e-6 * head(p, z, b) for head in loss_fn.functions[:2]]
+    )
+    method, scale = gn.rotograd(D), 2.0**14
+    state = method.init(2)
+    _, _, lost = method.grad(state, params, tiny, batch)
+    grads, _, info = method.grad(state, params, tiny, batch, loss_scale=scale)
+    in_full = lambda tree: gn._core.tree.tree_map(lambda leaf: leaf.to(F64), tree)
+    expected, _, exact = method.grad(state, in_full(params), tiny, in_full(batch))
+    torch.testing.assert_close(info.grad_norms, exact.grad_norms, rtol=1e-2, atol=0)
+    assert (grads["trunk"].double() / scale - expected["trunk"]).norm() < 1e-2 * expected["trunk"].norm()
+    assert (lost.grad_norms / exact.grad_norms - 1).abs().max() > 0.2
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_autocast_is_for_the_loss_alone(name):
+    """What lies between heads and trunk, and the step on SO(m), are not the user's to round."""
+    params, loss_fn, batch = problem(torch.float32)
+
+    def in_full(fn):
+        def run(*args):
+            with torch.autocast("cpu", enabled=False):
+                return fn(*args)
+
+        return run
+
+    exact = gn.multi_task_loss(in_full(loss_fn.backbone), [in_full(head) for head in loss_fn.functions])
+    method = build(name)
+    state = method.init(T)
+    for keywords in ({}, {"micro_batches": 1}):
+        expected = method.grad(state, params, exact, batch, **keywords)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = method.grad(state, params, exact, batch, **keywords)
+        for a, b in zip(flat(found), flat(expected), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def test_rotations_stay_orthogonal_under_autocast():
+    params, loss_fn, batch = problem(torch.float32)
+    method = gn.rotograd(D, optimizer=gn.adam(0.02))
+    state = method.init(T, rotations=start(dtype=torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(20):
+            _, state, info = method.grad(state, params, loss_fn, batch)
+    r = state.rotations.double()
+    assert (r.mT @ r - torch.eye(D, dtype=F64)).abs().max() < 1e-5
+    torch.testing.assert_close(info.grad_norms, info.head_norms, rtol=1e-2, atol=0)
 
 
 def test_checkpoint_and_train():
@@ -622,8 +835,9 @@ def test_aux_of_the_loss():
         [keep(f) for f in loss_fn.functions],
         has_aux=True,
     )
-    state = gn.rotograd_init_state(T, D, rotations=start(), dtype=F64)
-    _, _, _, (kept, zs) = gn.rotograd_grad(state, params, with_aux, batch, has_aux=True)
+    method = gn.rotograd(D)
+    state = method.init(T, rotations=start(), dtype=F64)
+    _, _, _, (kept, zs) = method.grad(state, params, with_aux, batch, has_aux=True)
     assert kept == "kept"
     torch.testing.assert_close(zs[1], loss_fn.backbone(params, batch) @ state.rotations[1].mT)
 
@@ -653,41 +867,41 @@ def test_bad_hyperparameters(hyper, message):
 
 def test_bad_states_and_losses():
     params, loss_fn, batch = problem()
-    state = gn.rotograd_init_state(T, D, dtype=F64)
-    with pytest.raises(ValueError, match="fewer than two tasks"):
-        gn.rotograd_init_state(1, D)
+    method = gn.rotograd(D)
+    state = method.init(T, dtype=F64)
+    with pytest.raises(ValueError, match="at least 2"):
+        method.init(1)
     with pytest.raises(ValueError, match="need"):
-        gn.rotograd_init_state(T, D, rotations=torch.eye(D))
+        method.init(T, rotations=torch.eye(D))
     with pytest.raises(ValueError, match="orthogonal"):
-        gn.rotograd_init_state(T, D, rotations=torch.ones(T, D, D))
+        method.init(T, rotations=torch.ones(T, D, D))
     with pytest.raises(ValueError, match="initial_losses has 2"):
-        gn.rotograd_init_state(T, D, initial_losses=[1.0, 2.0])
+        method.init(T, initial_losses=[1.0, 2.0])
     with pytest.raises(ValueError, match="multi_task_loss"):
-        gn.rotograd_grad(state, params, lambda p, b: torch.ones(3), batch)
+        method.grad(state, params, lambda p, b: torch.ones(3), batch)
     with pytest.raises(ValueError, match="without a backbone"):
-        gn.rotograd_grad(state, params, gn.multi_task_loss(None, [lambda p, b: 0.0] * 3), batch)
+        method.grad(state, params, gn.multi_task_loss(None, [lambda p, b: 0.0] * 3), batch)
     with pytest.raises(ValueError, match="3 heads, but the state was made for 2"):
-        gn.rotograd_grad(gn.rotograd_init_state(2, D, dtype=F64), params, loss_fn, batch)
+        method.grad(method.init(2, dtype=F64), params, loss_fn, batch)
+    seven = gn.rotograd(7)
     with pytest.raises(ValueError, match=r"rotation_shape=\(7,\).*do not fit z of shape \(8, 6\)"):
-        gn.rotograd_grad(gn.rotograd_init_state(T, 7, dtype=F64), params, loss_fn, batch)
+        seven.grad(seven.init(T, dtype=F64), params, loss_fn, batch)
     with pytest.raises(ValueError, match="do not fit z"):
-        gn.rotograd_grad(state, params, loss_fn, batch, trailing_shape=3)
-    with pytest.raises(ValueError, match="same rotation_shape"):
-        gn.rotograd_grad(state, params, loss_fn, batch, rotation_shape=4)
+        gn.rotograd(D, trailing_shape=3).grad(state, params, loss_fn, batch)
+    with pytest.raises(ValueError, match="init of the same"):
+        gn.rotograd(4).grad(state, params, loss_fn, batch)
     with pytest.raises(ValueError, match="not a RotoGradState"):
-        gn.rotograd_grad(gn.init_state(3), params, loss_fn, batch)
+        method.grad(gn.init_state(3), params, loss_fn, batch)
     with pytest.raises(ValueError, match="another moving="):
-        gn.rotograd_grad(state, params, loss_fn, batch, moving=False)
+        gn.rotograd(D, moving=False).grad(state, params, loss_fn, batch)
     with pytest.raises(ValueError, match="another moving="):
-        gn.rotograd_grad(state, params, loss_fn, batch, optimizer=gn.sgd(0.1))
+        gn.rotograd(D, optimizer=gn.sgd(0.1)).grad(state, params, loss_fn, batch)
     with pytest.raises(ValueError, match="none of the tasks"):
         gn.rotograd_task_fn(loss_fn)(params, state, "depth")
     with pytest.raises(ValueError, match="2 paths, but there are 3"):
         gn.fold_rotations(params, state, ["trunk", "trunk"])
     with pytest.raises(ValueError, match="features of z"):
         gn.fold_rotations(params, state, ["heads.t0", "heads.t1", "heads.t2"])
-    with pytest.raises(ValueError, match="nothing"):
-        gn.rotograd_merge()
 
 
 @pytest.mark.parametrize("name", VARIANTS)

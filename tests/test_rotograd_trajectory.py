@@ -98,9 +98,14 @@ def test_equals_the_package_0_1_6(package, build, tasks, normalize, variant):
     keywords = {"alpha": 0.7} if variant == "RotoGradNorm" else {}
     torch.manual_seed(3)
     roto = getattr(package, variant)(
-        twin.trunk, list(twin.heads), size, post_shape=trailing, normalize_losses=normalize, burn_in_period=20,
+        twin.trunk,
+        list(twin.heads),
+        size,
+        post_shape=trailing,
+        normalize_losses=normalize,
+        burn_in_period=20,
         **keywords,
-    ).double()  # fmt: skip
+    ).double()
     roto.train()
     with torch.no_grad():
         bases = torch.stack([rotation.detach().clone() for rotation in roto.rotation])
@@ -127,17 +132,28 @@ def test_equals_the_package_0_1_6(package, build, tasks, normalize, variant):
 
     their: dict[str, torch.Tensor] = {}
     compare(
-        model, tasks, x, y,
+        model,
+        tasks,
+        x,
+        y,
         gn.rotograd(
-            size, trailing_shape=trailing, form="0.1.6", map="exp", moving=False, normalize=normalize,
+            size,
+            trailing_shape=trailing,
+            form="0.1.6",
+            map="exp",
+            moving=False,
+            normalize=normalize,
             scale={"RotateOnly": "none", "RotoGrad": "rotograd", "RotoGradNorm": "gradnorm"}[variant],
-            alpha=keywords.get("alpha", 0.0), optimizer=gn.adam(ROTATION_RATE), weight_optimizer=gn.adam(3e-2),
+            alpha=keywords.get("alpha", 0.0),
+            optimizer=gn.adam(ROTATION_RATE),
+            weight_optimizer=gn.adam(3e-2),
         ),
-        bases, theirs,
+        bases,
+        theirs,
         their_rotations=lambda: torch.stack(roto.rotation).detach(),
         their_grads=lambda values=False: dict(twin.named_parameters()) if values else their,
         their_weights=(lambda: torch.stack(list(roto.weight)).detach()) if extra else None,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("tasks", [2, 5])
@@ -148,9 +164,7 @@ def test_equals_the_0_1_2_form(tasks, gradnorm, normalize, cooperative):
     model, x, y, size, _ = mlp(tasks)
     twin = copy.deepcopy(model)
     bases = gn.random_rotations(tasks, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    oracle = Oracle012(
-        bases, alpha=0.6, burn_in=20, normalize=normalize, gradnorm=gradnorm, cooperative=cooperative
-    )  # fmt: skip
+    oracle = Oracle012(bases, alpha=0.6, burn_in=20, normalize=normalize, gradnorm=gradnorm, cooperative=cooperative)
     optimizers = [
         torch.optim.Adam(twin.parameters(), lr=1e-2),
         torch.optim.Adam(oracle.entries, lr=ROTATION_RATE),
@@ -168,14 +182,25 @@ def test_equals_the_0_1_2_form(tasks, gradnorm, normalize, cooperative):
             optimizer.step()
 
     compare(
-        model, tasks, x, y,
+        model,
+        tasks,
+        x,
+        y,
         gn.rotograd(
-            size, form="0.1.2", scale="gradnorm" if gradnorm else "none", alpha=0.6, map="exp", moving=False,
-            normalize=normalize, cooperative=cooperative,
-            optimizer=gn.adam(ROTATION_RATE), weight_optimizer=gn.adam(3e-2),
+            size,
+            form="0.1.2",
+            scale="gradnorm" if gradnorm else "none",
+            alpha=0.6,
+            map="exp",
+            moving=False,
+            normalize=normalize,
+            cooperative=cooperative,
+            optimizer=gn.adam(ROTATION_RATE),
+            weight_optimizer=gn.adam(3e-2),
         ),
-        bases, theirs,
+        bases,
+        theirs,
         their_rotations=lambda: torch.stack([oracle.rotation(k) for k in range(tasks)]).detach(),
         their_grads=lambda values=False: dict(twin.named_parameters()) if values else their,
         their_weights=(lambda: tasks * torch.stack(oracle.logits).softmax(0).detach()) if gradnorm else None,
-    )  # fmt: skip
+    )

@@ -27,8 +27,9 @@ def weights_of(order: str) -> Tensor:
 @pytest.mark.parametrize("activation", [None, torch.tanh, lambda y: y.softmax(-1)], ids=["none", "tanh", "softmax"])
 @pytest.mark.parametrize(("bias", "wanted"), [(False, "w"), (True, "w"), (True, "b"), (True, "wb")])
 @pytest.mark.parametrize(("shape", "branch"), [((3,), "gram"), ((2, 2), "gram"), ((50,), "direct"), ((5, 9), "direct")])
-def test_shared_linear(shape: tuple[int, ...], branch: str, bias: bool, activation: Any, wanted: str,
-                       monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_shared_linear(
+    shape: tuple[int, ...], branch: str, bias: bool, activation: Any, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both ways to the norms at W, rows of h along one axis or several, weight and bias alone and together."""
     d, rows = {"dtype": torch.float64}, []
     params = {"v": torch.randn(5, 12, **d), "w": torch.randn(10, 12, **d)} | (
@@ -77,8 +78,9 @@ def test_stacked_heads(place: Any, last: str) -> None:
         return (torch.func.functional_call(heads[0], p, (z,)) - batch[1]).square().mean()
 
     given = case.seam(last)
-    loss_fn = gn.multi_task_loss(given.backbone, gn.stacked_heads(head, "heads", batch_dims=(None, 1)),
-                                 last_shared=given.last_shared)  # fmt: skip
+    loss_fn = gn.multi_task_loss(
+        given.backbone, gn.stacked_heads(head, "heads", batch_dims=(None, 1)), last_shared=given.last_shared
+    )
 
     leaves = {path: leaf.clone().requires_grad_() for path, leaf in params.items()}
     h = torch.tanh(F.linear(batch[0], leaves["trunk.0.weight"], leaves["trunk.0.bias"]))
@@ -161,10 +163,17 @@ class Switched:
 
 
 KINDS = [
-    "a head reads the trunk", "a head reads the last layer", "a head reads another's", "a head reads what none read",
-    "a head stops reading its own", "the trunk reads a head", "the trunk reads what none read", "a block is skipped",
-    "a frozen part in the trunk", "a frozen part in a head",
-]  # fmt: skip
+    "a head reads the trunk",
+    "a head reads the last layer",
+    "a head reads another's",
+    "a head reads what none read",
+    "a head stops reading its own",
+    "the trunk reads a head",
+    "the trunk reads what none read",
+    "a block is skipped",
+    "a frozen part in the trunk",
+    "a frozen part in a head",
+]
 
 
 def assert_exact(loss_fn: gn._core.loss.MultiTaskLoss, params: Any, x: Any, where: Any, weights: Any) -> None:

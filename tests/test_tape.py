@@ -81,13 +81,11 @@ PARTS = {
     "residual": (square, residual, residual),
     "checkpoint": (square, lambda w, x: checkpoint(dense, w, x, use_reentrant=False), dense),
     "compiled": (square, lambda w, x: torch.compile(dense, backend="aot_eager")(w, x), dense),
-    "compiled module": (
-        lambda: of(COMPILED), compiled_module, lambda w, x: torch.tanh(x @ w["weight"].T + w["bias"])
-    ),
+    "compiled module": (lambda: of(COMPILED), compiled_module, lambda w, x: torch.tanh(x @ w["weight"].T + w["bias"])),
     "old function": (square, lambda w, x: OldTanh.apply(x, w["w"]), dense),
     "lstm": (lambda: of(LSTM), lstm, lstm),
     "attention": (square, attention, attention_by_hand),
-}  # fmt: skip
+}
 ENGINES = {
     "z": ("seam", None),
     "W": ("seam", "last"),
@@ -213,10 +211,12 @@ def test_a_parameter_that_is_read_only_sometimes(engine):
     form, where = ENGINES[engine]
     extra = lambda p, name, x: p[name] if bool(x.sum() > 0) else 0.0
     params = {
-        "trunk": torch.randn(WIDTH, WIDTH, dtype=F64), "last": torch.randn(WIDTH, WIDTH, dtype=F64),
+        "trunk": torch.randn(WIDTH, WIDTH, dtype=F64),
+        "last": torch.randn(WIDTH, WIDTH, dtype=F64),
         "heads": {"a": torch.randn(WIDTH, dtype=F64), "b": torch.randn(WIDTH, dtype=F64)},
-        "now": torch.randn(WIDTH, dtype=F64), "then": torch.randn(WIDTH, dtype=F64),
-    }  # fmt: skip
+        "now": torch.randn(WIDTH, dtype=F64),
+        "then": torch.randn(WIDTH, dtype=F64),
+    }
     first = lambda p, x: torch.tanh(x @ p["trunk"] + extra(p, "now", x))
     backbone = lambda p, x: torch.tanh(first(p, x) @ p["last"].T)
     heads = {
@@ -262,8 +262,9 @@ def test_the_graph_is_gone_when_the_step_is_over(engine, balancer):
 
     inner = this.losses[form]
     if form == "general":
-        loss_fn = lambda p, x: {task: watched(head)(p, watched(this.backbone)(p, x), x)
-                                for task, head in this.heads.items()}  # fmt: skip
+        loss_fn = lambda p, x: {
+            task: watched(head)(p, watched(this.backbone)(p, x), x) for task, head in this.heads.items()
+        }
     else:
         backbone = None if inner.backbone is None else watched(inner.backbone)
         heads = {task: watched(head) for task, head in inner.heads.items()}

@@ -92,9 +92,14 @@ def test_a_mask_of_the_batch():
     balancer = gn.gradnorm()
     expected, expected_state, _ = by_hand(balancer, problem.params, problem.seam, batches, masks=masks)
     params, state, history = gn.train(
-        problem.params, problem.seam, batches, balancer=balancer, optimizer=SGD,
-        mask=lambda batch: torch.tensor(masks[batch[2]]), progress=False,
-    )  # fmt: skip
+        problem.params,
+        problem.seam,
+        batches,
+        balancer=balancer,
+        optimizer=SGD,
+        mask=lambda batch: torch.tensor(masks[batch[2]]),
+        progress=False,
+    )
     assert same_bits((params, state), (expected, expected_state))
     assert torch.equal(history.weights[2, 1], history.weights[1, 1]), "absent at step 1, so its weight stayed"
 
@@ -160,10 +165,11 @@ def test_a_wrong_w_is_reported():
     assert len(caught) == 1
 
 
-def test_ten_compiled_loops_in_one_session(monkeypatch):
-    """Dynamo refuses the ninth program of one code object."""
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_many_compiled_loops_in_one_session(monkeypatch):
+    """Dynamo refuses one program too many of one code object."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    for k in range(10):
+    for k in range(3):
         loss_fn = lambda w, x, k=k: {"a": (k + 1) * (w * x).sum(), "b": w.square().sum()}
         compiled, plain = (
             gn.train(torch.ones(3), loss_fn, [torch.ones(3)], progress=False, compile=c)[0] for c in (True, False)

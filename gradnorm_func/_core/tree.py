@@ -14,6 +14,8 @@ PyTree: TypeAlias = Any
 # What holds parameters: a tensor, or nested dicts, lists, tuples and NamedTuples of tensors; but no module.
 Params = TypeVar("Params", bound=Tensor | Mapping[Any, Any] | Sequence[Any])
 Where: TypeAlias = str | Sequence[str] | Callable[[str], bool] | None
+# The same as an argument type, down to its leaves; a state is one, too.
+Tensors: TypeAlias = Tensor | Mapping[Any, "Tensors"] | Sequence["Tensors"]
 
 
 def flatten(tree: PyTree) -> tuple[list[Any], Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+from gradnorm_func._core.optim import Optimizer, as_optimizer
 
 
 class RescaleAdamState(NamedTuple):
@@ -25,6 +27,16 @@ class ScaleOptimizer(NamedTuple):
 
     init: Callable[[Tensor], RescaleAdamState]
     update: Callable[[Tensor, RescaleAdamState, Tensor, Tensor], tuple[Tensor, RescaleAdamState]]
+
+
+AnyOptimizer: TypeAlias = ScaleOptimizer | Optimizer
+
+
+def pair_of(optimizer: AnyOptimizer | None) -> AnyOptimizer:
+    """The optimizer of the scales by its names; None is the authors'."""
+    if optimizer is None:
+        return rescale_adam()
+    return optimizer if isinstance(optimizer, ScaleOptimizer) else as_optimizer(optimizer)
 
 
 def rescale_adam(
@@ -69,6 +81,33 @@ def rescale_adam(
 
     Source: `RescaleAdam` of zhuchen03/gradinit, its versions for images and for fairseq.
     """
+    _check(learning_rate, b1, b2, eps, clip)
+
+    def init(scales: Tensor) -> RescaleAdamState:
+        rows = torch.zeros_like(scales).expand(2, -1)
+        return RescaleAdamState(rows.to(torch.int64), rows.clone(), rows.clone())
+
+    def update(grad: Tensor, state: RescaleAdamState, scales: Tensor, above: Tensor) -> tuple[Tensor, RescaleAdamState]:
+        moves = (grad != 0) & (scales != 0)
+        grad = grad if clip is None else grad.clamp(-clip, clip)
+        active = torch.stack([above & moves, ~above & moves])
+        counts = state.counts + active
+        mean = torch.where(active, b1 * state.mean + (1 - b1) * grad, state.mean)
+        square = b2 * state.square + (1 - b2) * grad * grad
+        square = torch.where(moves if shared_square else active, square, state.square)
+
+        updates = torch.where(above, counts[0], counts[1])
+        square_updates = counts.sum(0) if shared_square else updates
+        mean_hat = torch.where(above, mean[0], mean[1]) / (1 - b1 ** updates.to(grad.dtype))
+        square_hat = torch.where(above, square[0], square[1]) / (1 - b2 ** square_updates.to(grad.dtype))
+        step = -learning_rate * mean_hat / (square_hat.sqrt() + eps)
+        # The counts of a scale that has never moved are 0, and its step 0 / 0.
+        return torch.where(moves, step, 0.0), RescaleAdamState(counts, mean, square)
+
+    return ScaleOptimizer(init, update)
+
+
+def _check(learning_rate: float | Tensor, b1: float, b2: float, eps: float, clip: float | None) -> None:
     if not isinstance(learning_rate, Tensor) and not learning_rate > 0:
         raise ValueError(f"learning_rate={learning_rate} must be positive; 0.01 is a good first try")
     for name, decay in (("b1", b1), ("b2", b2)):
@@ -78,26 +117,3 @@ def rescale_adam(
         raise ValueError(f"eps={eps} must be positive: it keeps the step finite where the gradient is zero")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip={clip} must be positive; None clips nothing")
-
-    def init(scales: Tensor) -> RescaleAdamState:
-        rows = torch.zeros_like(scales).expand(2, -1)
-        return RescaleAdamState(rows.to(torch.int64), rows.clone(), rows.clone())
-
-    def update(grad: Tensor, state: RescaleAdamState, scales: Tensor, above: Tensor) -> tuple[Tensor, RescaleAdamState]:
-        moves = (grad != 0) & (scales != 0)
-        grad = grad if clip is None else grad.clamp(-clip, clip)
-        here = torch.stack([above & moves, ~above & moves])
-        counts = state.counts + here
-        mean = torch.where(here, b1 * state.mean + (1 - b1) * grad, state.mean)
-        square = b2 * state.square + (1 - b2) * grad * grad
-        square = torch.where(moves if shared_square else here, square, state.square)
-
-        updates = torch.where(above, counts[0], counts[1])
-        seen = counts.sum(0) if shared_square else updates
-        mean_hat = torch.where(above, mean[0], mean[1]) / (1 - b1 ** updates.to(grad.dtype))
-        square_hat = torch.where(above, square[0], square[1]) / (1 - b2 ** seen.to(grad.dtype))
-        step = -learning_rate * mean_hat / (square_hat.sqrt() + eps)
-        # The counts of a scale that has never moved are 0, and its step 0 / 0.
-        return torch.where(moves, step, 0.0), RescaleAdamState(counts, mean, square)
-
-    return ScaleOptimizer(init, update)

@@ -10,13 +10,20 @@ from torch import Tensor
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import LossFn, MultiTaskLoss, task_names
 from gradnorm_func._core.numerics import row_norms
-from gradnorm_func._core.tree import Where
+from gradnorm_func._core.tree import Tensors, Where
+from gradnorm_func._measure.general import general
 from gradnorm_func._measure.measure import as_tree, run_engine
 from gradnorm_func._measure.plan import plan_of
 
 
 def check_seam(
-    loss_fn: LossFn, params: Any, batch: Any, *, where: Where = None, rtol: float | None = None, has_aux: bool = False
+    loss_fn: LossFn,
+    params: Tensors,
+    batch: Any,
+    *,
+    where: Where = None,
+    rtol: float | None = None,
+    has_aux: bool = False,
 ) -> None:
     r"""Compares the seam's per-task gradients with the general engine's, which is slow and assumes nothing.
 
@@ -53,7 +60,7 @@ def check_seam(
         raise ValueError("check_seam is for a multi_task_loss; any other loss_fn goes through the general engine")
     everywhere = where if where is not None else lambda _path: True
     plan = plan_of(params, loss_fn, batch, everywhere, None, "norms", task_grads=True, has_aux=has_aux)
-    exact = run_engine(plan, force_general=True)
+    exact = run_engine(plan, general)
     expected = as_tree(plan, exact)
     if where is None:
         measured = _through_the_step(loss_fn, params, batch, exact.stats.losses, has_aux)

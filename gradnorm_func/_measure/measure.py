@@ -12,7 +12,7 @@ from torch import Tensor
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import LossFn, MultiTaskLoss, StackedHeads
 from gradnorm_func._core.tracing import no_graph
-from gradnorm_func._core.tree import Where
+from gradnorm_func._core.tree import Tensors, Where
 from gradnorm_func._measure.general import general
 from gradnorm_func._measure.plan import Heads, Measured, Plan, plan_of
 from gradnorm_func._measure.seam import seam
@@ -23,7 +23,7 @@ from gradnorm_func._reduce.stats import TaskStats
 
 
 def measure(
-    params: Any,
+    params: Tensors,
     loss_fn: LossFn,
     batch: Any,
     *,
@@ -111,9 +111,9 @@ def stats_of(plan: Plan, num_examples: float | Tensor = 1.0) -> tuple[TaskStats,
     ), measured
 
 
-def run_engine(plan: Plan, *, force_general: bool = False) -> Measured:
-    """The engine that fits the loss, run once."""
-    engine = _engine_for(plan, force_general)
+def run_engine(plan: Plan, engine: Callable[[Plan], Measured] | None = None) -> Measured:
+    """The engine that fits the loss, or another one, run once."""
+    engine = _engine_for(plan) if engine is None else engine
     compiling = torch.compiler.is_compiling()
     with no_graph(), nullcontext() if compiling else fresh_casts():
         plan = plan._replace(leaves=leaves_of(plan.leaves))
@@ -129,9 +129,9 @@ def run_engine(plan: Plan, *, force_general: bool = False) -> Measured:
         return measured._replace(aux=without_graph(measured.aux)) if plan.has_aux else measured
 
 
-def _engine_for(plan: Plan, force_general: bool) -> Callable[[Plan], Measured]:
+def _engine_for(plan: Plan) -> Callable[[Plan], Measured]:
     loss = plan.loss_fn
-    if not isinstance(loss, MultiTaskLoss) or force_general:
+    if not isinstance(loss, MultiTaskLoss):
         return general
     if loss.backbone is None:
         return separable

@@ -9,14 +9,13 @@ from torch import Tensor
 
 from gradnorm_func._balance.guard import accepted, due, settled
 from gradnorm_func._balance.seen import mask_vector
-from gradnorm_func._core import tree
-from gradnorm_func._core.numerics import cosines, diagonal, safe_sqrt
+from gradnorm_func._core.numerics import column, cosines, diagonal, full_precision, safe_sqrt
 from gradnorm_func._core.tracing import no_graph
 from gradnorm_func._rotograd import published
-from gradnorm_func._rotograd.crossing import RotoGradStats, backbone_initial, in_units
+from gradnorm_func._rotograd.crossing import RotoGradStats
 from gradnorm_func._rotograd.rotation import polish, skew, turn
-from gradnorm_func._rotograd.scale import Numbers, numbers, weight_gradient
-from gradnorm_func._rotograd.settings import Hyper, RotoGradState
+from gradnorm_func._rotograd.scale import Numbers, in_units, numbers, retaken, weight_gradient
+from gradnorm_func._rotograd.settings import Hyper, RotoGradState, check_moments, check_state
 
 
 class RotoGradInfo(NamedTuple):
@@ -38,38 +37,42 @@ def balance(
 ) -> tuple[RotoGradState, RotoGradInfo]:
     """The rotations' step, and the weights'; all of it or nothing."""
     check_state(state)
-    _check_moments(state, hyper)
-    vector = mask_vector(mask, state.weights)
-    active = torch.ones_like(state.weights, dtype=torch.bool) if vector is None else vector
-    turn_of_step = due(state, hyper.every, update)
-    with no_graph():
-        units, gramian = in_units(state, stats, active, hyper)  # (T,), (T, T)
-        result = numbers(state, stats.losses, gramian, active, hyper)
-        info = _info(stats, gramian, result, active, hyper)
+    check_moments(state, hyper)
+    _check_stats(stats)
+    vector = mask_vector(mask, state.weights)  # (T,) bool
+    turn_now = due(state, hyper.every, update)
+    with no_graph(), full_precision(state.weights):
+        result = numbers(state, stats.losses, stats.gramian, vector, hyper)
+        info = _info(stats, result, hyper)
         if update is False:
             return state, info
-        if turn_of_step is False:
-            return settled(state, state, accepted(info.finite, vector, update), turn_of_step, vector), info
-        new, step = _rotated(state, _objective_gradient(state, stats, result, hyper), hyper)
-        new = new._replace(
-            initial_losses=result.initial_losses,
-            initial_norms=result.initial_norms,
-            initial_backbone_loss=backbone_initial(state, stats.backbone_loss, hyper),
-        )
-        if hyper.scale == "gradnorm":
-            new, step = _with_weights(new, state, weight_gradient(state, result, gramian, active, hyper), active, hyper)
-        # Asked of the step and not of the rotations, which follow late: what is chosen can be written at once.
-        info = info._replace(finite=info.finite & step.square().sum().isfinite() & new.weights.isfinite().all())
-        return settled(new, state, accepted(info.finite, vector, update), turn_of_step, vector), info
+        new = state
+        if turn_now is not False:
+            _require_moments(stats)
+            new, step = _moved(state, stats, result, hyper)
+            # Asked of the step and not of the rotations, which follow late: what is chosen can be written at once.
+            sound = step.square().sum().isfinite() & new.weights.isfinite().all()
+            info = info._replace(finite=info.finite & (sound if turn_now is True else sound | ~turn_now))
+        return settled(new, state, accepted(info.finite, vector, update), turn_now, vector), info
+
+
+def _moved(state: RotoGradState, stats: RotoGradStats, result: Numbers, hyper: Hyper) -> tuple[RotoGradState, Tensor]:
+    """Rotations, weights, L(0) and ‖g(0)‖ one step further; and the step of A."""
+    new, step = _rotated(state, _objective_gradient(state, stats, result, hyper), hyper)
+    new = new._replace(initial_losses=result.initial_losses, initial_norms=result.initial_norms)
+    if isinstance(stats.backbone_loss, Tensor):
+        initial = retaken(state.initial_backbone_loss, stats.backbone_loss, state, hyper)
+        new = new._replace(initial_backbone_loss=initial)
+    return (_with_weights(new, result, hyper) if hyper.scale == "gradnorm" else new), step
 
 
 def _objective_gradient(state: RotoGradState, stats: RotoGradStats, result: Numbers, hyper: Hyper) -> Tensor:
     """(T, m, m) R_kᵀ times the derivative of what R_k descends."""
     moments, square = stats.moments, stats.square
     if isinstance(stats.cross, Tensor):  # merged stats: v is made of all of them
-        along = result.direction * result.units
-        moments = torch.einsum("k,j,kjab->kab", result.units, along, stats.cross)
-        square = torch.einsum("k,kab->ab", along, torch.einsum("j,kjab->kab", along, stats.cross))
+        along = result.direction * result.units  # (T,)
+        with_v = torch.einsum("j,kjab->kab", along, stats.cross)  # (T, m, m) Σ_n ∂L_k/∂z vᵀ
+        moments, square = with_v * column(result.units, with_v), torch.einsum("k,kab->ab", along, with_v)
     factor = 1.0 if hyper.form == "paper" else 2 / _count(stats)
     gradient: Tensor = -factor * moments
     if hyper.cooperative is None:
@@ -77,7 +80,7 @@ def _objective_gradient(state: RotoGradState, stats: RotoGradStats, result: Numb
     # The published rotation loss is a square distance: its normal part moves nothing, but counts in the norm.
     if hyper.form != "paper":
         gradient = gradient + factor * square
-    task_gradient = stats.task_moments * result.units[:, None, None]
+    task_gradient = stats.task_moments * column(result.units, stats.task_moments)
     return published.cooperative(gradient, task_gradient, state, hyper.cooperative)
 
 
@@ -90,20 +93,18 @@ def _rotated(state: RotoGradState, gradient: Tensor, hyper: Hyper) -> tuple[Roto
     return state._replace(rotations=rotations, moments=moments), step
 
 
-def _with_weights(
-    new: RotoGradState, state: RotoGradState, by_log: Tensor, active: Tensor, hyper: Hyper
-) -> tuple[RotoGradState, Tensor]:
-    """RotoGradNorm's weights one step further, their sum as it was; and that step."""
-    step, moments = hyper.weight_optimizer.update(by_log, state.weight_moments, state.weights.log())
-    raw = torch.where(active, state.weights * step.exp(), 0.0)
-    budget = torch.where(active, state.weights, 0.0).sum()
-    moved = torch.where(active, raw * (budget / raw.sum()), state.weights)
-    return new._replace(weights=moved, weight_moments=moments), step
+def _with_weights(state: RotoGradState, result: Numbers, hyper: Hyper) -> RotoGradState:
+    """RotoGradNorm's weights one step further, their sum as it was."""
+    gradient, before = weight_gradient(result, hyper), result.weights  # (T,), 0 for an absent task
+    step, moments = hyper.weight_optimizer.update(gradient, state.weight_moments, state.weights.log())
+    raw = before * step.exp()
+    weights = torch.where(result.active, raw * (before.sum() / raw.sum()), state.weights)
+    return state._replace(weights=weights, weight_moments=moments)
 
 
-def _info(stats: RotoGradStats, gramian: Tensor, result: Numbers, active: Tensor, hyper: Hyper) -> RotoGradInfo:
-    units = torch.where(active, result.units, 0.0)
-    head_gramian = stats.head_gramian * units[:, None] * units if hyper.normalize else stats.head_gramian
+def _info(stats: RotoGradStats, result: Numbers, hyper: Hyper) -> RotoGradInfo:
+    active, gramian = result.active, result.gramian
+    head_gramian = in_units(stats.head_gramian, result.units, hyper)  # (T, T)
     if hyper.form == "paper":
         rotation_losses = -gramian @ result.direction
     else:
@@ -130,23 +131,17 @@ def _count(stats: RotoGradStats) -> float | Tensor:
     return stats.examples.clamp(min=1) if isinstance(stats.examples, Tensor) else max(stats.examples, 1.0)
 
 
-def check_state(state: Any) -> None:
-    """Refuses what is no state of RotoGrad."""
-    if not isinstance(state, RotoGradState):
+def _check_stats(stats: Any) -> None:
+    if not isinstance(stats, RotoGradStats):
         raise ValueError(
-            f"state is a {type(state).__name__}, not a RotoGradState: make one with gn.rotograd(...).init(T); "
-            "the order of arguments is (state, params, loss_fn, batch)"
+            f"stats is a {type(stats).__name__}: RotoGrad balances what its own pass has measured, so give `grad` or "
+            "`update` the loss and the batch, and reduce= where stats are to be seen on the way"
         )
 
 
-def _check_moments(state: RotoGradState, hyper: Hyper) -> None:
-    flat = torch.zeros_like(state.rotations)
-    expected = (
-        () if hyper.moving else flat,
-        hyper.optimizer.init(flat),
-        hyper.weight_optimizer.init(state.weights) if hyper.scale == "gradnorm" else (),
-    )
-    if tree.flatten(expected)[1] != tree.flatten((state.tangents, state.moments, state.weight_moments))[1]:
+def _require_moments(stats: RotoGradStats) -> None:
+    if not isinstance(stats.cross, Tensor) and not isinstance(stats.moments, Tensor):
         raise ValueError(
-            "the state was made with another moving=, scale= or optimizer=: use the init of the same gn.rotograd(...)"
+            "stats were measured in a step in which nothing moves (update=False, or between two turns of every=): "
+            "balance them with update=False"
         )

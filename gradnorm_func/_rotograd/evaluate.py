@@ -11,7 +11,7 @@ from torch import Tensor
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import MultiTaskLoss, StackedHeads, task_names
 from gradnorm_func._rotograd.rotation import Layout
-from gradnorm_func._rotograd.settings import RotoGradState, hyperparameters
+from gradnorm_func._rotograd.settings import RotoGradState, layout_of
 
 
 def rotograd_task_fn(
@@ -61,8 +61,8 @@ def rotograd_task_fn(
         def fn(batch: Any) -> Any:
             z, _, _ = loss_fn.shared(params, batch)
             leaves, treedef = tree.flatten(z)
-            at = layout.leaf(leaves, treedef)
-            leaves[at] = layout.spread(leaves[at], state.rotations[index : index + 1].to(leaves[at].dtype))[0]
+            i = layout.leaf(leaves, treedef)
+            leaves[i] = layout.spread(leaves[i], state.rotations[index : index + 1].to(leaves[i].dtype))[0]
             z = tree.unflatten(treedef, leaves)
             if isinstance(functions, StackedHeads):  # all of them, for only vmap knows the task's part of the batch
                 out = functions(params, z, batch)
@@ -111,10 +111,10 @@ def fold_rotations(
     leaves, treedef = tree.flatten(params)
     names = tree.paths(params)
     trailing = (trailing_shape,) if isinstance(trailing_shape, int) else tuple(trailing_shape)
-    chosen = [weights] if isinstance(weights, str) else tree.flatten(weights)[0]
-    if not isinstance(weights, str) and len(chosen) != state.rotations.shape[0]:
-        raise ValueError(f"weights names {len(chosen)} paths, but there are {state.rotations.shape[0]} tasks")
-    for k, path in enumerate(chosen):
+    named = [weights] if isinstance(weights, str) else tree.flatten(weights)[0]
+    if not isinstance(weights, str) and len(named) != state.rotations.shape[0]:
+        raise ValueError(f"weights names {len(named)} paths, but there are {state.rotations.shape[0]} tasks")
+    for k, path in enumerate(named):
         tree.lookup(params, path)  # refuses a path that is not there, with near matches
         i = names.index(path)
         if isinstance(weights, str):
@@ -148,7 +148,7 @@ def _layout(
     rotate: str | None,
 ) -> Layout:
     shape = state.rotations.shape[-1] if rotation_shape is None else rotation_shape
-    return hyperparameters(shape, trailing_shape=trailing_shape, rotate=rotate).layout
+    return layout_of(shape, trailing_shape, rotate)
 
 
 def _index(task: str | int, names: list[str]) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradnorm_func._balance.algorithm1 import force
 from gradnorm_func._core.numerics import diagonal, safe_sqrt
-from gradnorm_func._rotograd.rotation import MAPS, tangent_gradient
+from gradnorm_func._rotograd.rotation import MAPS, skew_part, tangent_gradient
 
 if TYPE_CHECKING:
     from gradnorm_func._rotograd.settings import Hyper, RotoGradState
@@ -50,7 +50,7 @@ def rotated_about_base(state: RotoGradState, gradient: Tensor, hyper: Hyper) -> 
     """R = base · map(A) with A trained, one step further; `gradient` is R_kᵀ ∂/∂R_k. Returns the step of A too."""
     by_tangent = tangent_gradient(state.tangents, gradient, hyper.map)
     step, moments = hyper.optimizer.update(by_tangent, state.moments, state.tangents)
-    tangents = state.tangents + step
+    tangents = skew_part(state.tangents + step)  # whatever the optimizer makes of a skew gradient
     rotations = state.base @ MAPS[hyper.map](tangents)
     return state._replace(rotations=rotations, tangents=tangents, moments=moments), step
 

@@ -32,12 +32,19 @@ def skew(x: Tensor) -> Tensor:
     return x - x.mT
 
 
+def skew_part(x: Tensor) -> Tensor:
+    """(X - Xᵀ)/2: what is skew but for rounding, skew to the bit."""
+    return (x - x.mT) / 2
+
+
 def tangent_gradient(tangents: Tensor, gradient: Tensor, kind: str) -> Tensor:
     r"""The derivative by the entries below the diagonal of A, of what has the derivative map(A)·G by map(A).
 
     For the exponential it is :math:`\varphi(\mathrm{ad}_A)(G - G^\top)` with :math:`\varphi(x) = (e^x - 1) / x`. By
     :math:`\varphi(2x) = \varphi(x) (1 + e^x) / 2` A is halved six times, so that twelve terms of the series are exact
     to 1e-9 up to ‖A‖ = 32, five full turns. Autograd takes an exponential of matrices of twice the size instead.
+
+    Skew to the bit: Adam divides a gradient by its own size, be it nothing but rounding, and would walk off SO(m).
     """
     if kind != "exp":
         mapped, pull = vjp(MAPS[kind], tangents)[:2]
@@ -51,7 +58,7 @@ def tangent_gradient(tangents: Tensor, gradient: Tensor, kind: str) -> Tensor:
     out = w
     for k in range(terms, 0, -1):
         out = w + skew(small @ out) / (k + 1)  # ad_A of a skew matrix: AX - XA = AX - (AX)ᵀ
-    return out
+    return skew_part(out)
 
 
 def turn(rotations: Tensor, step: Tensor, kind: str) -> Tensor:
@@ -68,9 +75,11 @@ def polish(rotations: Tensor, step: Tensor) -> Tensor:
     Rounding moves a product of thousands of rotations off SO(m); one matrix a step keeps it there for two products of
     m x m matrices, and index_select takes it out without asking the device for the number.
     """
-    index = (step % rotations.shape[0]).reshape(1)
-    one = rotations.index_select(0, index)
-    return rotations.index_copy(0, index, 1.5 * one - 0.5 * one @ (one.mT @ one))
+    index = step % rotations.shape[0]
+    one = rotations.index_select(0, index.reshape(1))  # (1, m, m)
+    polished = 1.5 * one - 0.5 * one @ (one.mT @ one)
+    in_turn = torch.arange(rotations.shape[0], device=rotations.device) == index  # (T,)
+    return torch.where(in_turn[:, None, None], polished, rotations)
 
 
 def random_rotations(
@@ -91,7 +100,7 @@ def random_rotations(
         device: where they live.
 
     Returns:
-        (T, m, m), for `rotograd_init_state(..., rotations=...)`.
+        (T, m, m), for `gn.rotograd(m).init(T, rotations=...)`.
 
     Example:
         >>> import torch, gradnorm_func as gn
@@ -204,10 +213,10 @@ def _inverse(matrix: Tensor) -> Tensor:
     c, d = matrix[..., h:, :h], matrix[..., h:, h:]
     a = _inverse(a)
     ab = a @ b
-    d = _inverse(d - c @ ab)
-    ca = c @ a
-    abd = ab @ d
-    return torch.cat([torch.cat([a + abd @ ca, -abd], -1), torch.cat([-d @ ca, d], -1)], -2)
+    d = _inverse(_less(d, c, ab))
+    dca = d @ (c @ a)
+    upper = torch.cat([torch.baddbmm(a, ab, dca), -(ab @ d)], -1)
+    return torch.cat([upper, torch.cat([-dca, d], -1)], -2)
 
 
 def _right_solve(x: Tensor, matrix: Tensor) -> Tensor:
@@ -218,6 +227,11 @@ def _right_solve(x: Tensor, matrix: Tensor) -> Tensor:
     h = size // 2
     b, c, d = matrix[..., :h, h:], matrix[..., h:, :h], matrix[..., h:, h:]
     a = _inverse(matrix[..., :h, :h])
-    left = x[..., :h] @ a
-    right = (x[..., h:] - left @ b) @ _inverse(d - c @ (a @ b))
-    return torch.cat([left - right @ (c @ a), right], -1)
+    left, ca = x[..., :h] @ a, c @ a
+    right = _less(x[..., h:], left, b) @ _inverse(_less(d, ca, b))
+    return torch.cat([_less(left, right, ca), right], -1)
+
+
+def _less(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """X - LR, for stacks of matrices, in one call."""
+    return torch.baddbmm(x, left, right, alpha=-1)

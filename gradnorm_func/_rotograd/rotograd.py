@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Unpack
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradnorm_func._balance.guard import due
 from gradnorm_func._balance.protocol import Balancer, Goal, Job, Pass
-from gradnorm_func._core import tree
-from gradnorm_func._core.loss import MultiTaskLoss, StackedHeads, task_vector
+from gradnorm_func._core import optim, tree
+from gradnorm_func._core.loss import MultiTaskLoss, StackedHeads
+from gradnorm_func._core.numerics import full_precision
 from gradnorm_func._core.tracing import no_graph
+from gradnorm_func._measure.measure import run_engine
 from gradnorm_func._measure.plan import Plan, plan_of
 from gradnorm_func._measure.seam import seam
-from gradnorm_func._rotograd.balance import RotoGradInfo, balance, check_state
+from gradnorm_func._rotograd.balance import RotoGradInfo, balance
 from gradnorm_func._rotograd.crossing import Rotations, RotoGradFactors, RotoGradStats, factors_of
-from gradnorm_func._rotograd.settings import Hyper, RotoGradOptions, RotoGradState, hyperparameters
+from gradnorm_func._rotograd.settings import Hyper, RotoGradState, check_state, checked, layout_of, start_state
 
 
 def rotograd(
-    rotation_shape: int | tuple[int, ...], **hyper: Unpack[RotoGradOptions]
+    rotation_shape: int | tuple[int, ...],
+    *,
+    trailing_shape: int | tuple[int, ...] = (),
+    rotate: str | None = None,
+    scale: Literal["rotograd", "none", "gradnorm"] = "rotograd",
+    form: Literal["paper", "0.1.6", "0.1.2"] = "paper",
+    map: Literal["cayley", "exp"] = "cayley",  # noqa: A002
+    moving: bool = True,
+    alpha: float | Tensor = 0.0,
+    normalize: bool = False,
+    burn_in: int | None = 20,
+    cooperative: int | Tensor | None = None,
+    optimizer: optim.Optimizer | None = None,
+    weight_optimizer: optim.Optimizer | None = None,
+    backbone_loss: Callable[[Any, Any, Any], Tensor] | None = None,
+    every: int = 1,
 ) -> Balancer[RotoGradState, RotoGradInfo]:
     r"""RotoGrad with its hyperparameters bound: rotate, scale, or both.
 
@@ -65,12 +84,13 @@ def rotograd(
         weight_optimizer: of λ; None is Adam at 0.025.
         backbone_loss: `backbone_loss(params, z, batch) -> scalar`, a loss on the backbone alone, which is neither
             rotated nor scaled, but normalised if `normalize`.
-        every: rotations and weights move in every k-th step, as in `balancer`.
+        every: rotations, weights, L(0) and ‖g(0)‖ move in every k-th step only, as in `balancer`, and a burn-in waits
+            for the next of these; f comes from every step's norms.
 
     Returns:
-        Balancer. Its `init` takes `rotations`, (T, m, m) to start from such as `random_rotations(T, m)`, the identity by
-        default; `initial_losses`, `dtype`, `device`. With `micro_batches` or `reduce` every part is run twice, for the
-        backbone's factors need the norms of the whole batch.
+        Balancer. Its `init` takes `rotations`, (T, m, m) to start from such as `random_rotations(T, m)`, the identity
+        by default; `initial_losses`, `dtype`, `device`. With `micro_batches` or `reduce` every part is run twice, for
+        the backbone's factors need the norms of the whole batch, and `reduce` is called in both rounds.
 
     Raises:
         ValueError: for hyperparameters out of range.
@@ -91,7 +111,23 @@ def rotograd(
     rotograd 0.1.2 and 0.1.6. Departures: rotations start at the identity, those of the package at
     `random_rotations`; a task without gradient counts as 0 where it is divided by.
     """
-    bound = hyperparameters(rotation_shape, **hyper)
+    hyper = checked(
+        Hyper(
+            layout_of(rotation_shape, trailing_shape, rotate),
+            scale,
+            form,
+            map,
+            moving,
+            alpha,
+            normalize,
+            burn_in,
+            cooperative,
+            optim.adam(5e-4) if optimizer is None else optim.as_optimizer(optimizer),
+            optim.as_optimizer(weight_optimizer),
+            backbone_loss,
+            every,
+        )
+    )
 
     def init(
         num_tasks: int,
@@ -101,9 +137,9 @@ def rotograd(
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> RotoGradState:
-        return _init(num_tasks, bound, rotations, initial_losses, dtype, device)
+        return start_state(num_tasks, hyper, rotations, initial_losses, dtype, device)
 
-    return Balancer(init, Rotating(bound), bound.every)
+    return Balancer(init, Rotating(hyper), every)
 
 
 class Rotating(NamedTuple):
@@ -113,33 +149,38 @@ class Rotating(NamedTuple):
 
     def known(self, state: RotoGradState, job: Job) -> None:
         """Nothing: the trunk's factors come from this step's norms."""
-        check_state(state)
+        _check_loss(state, job)
 
     def measure(
-        self, state: RotoGradState, job: Job, batch: Any, goal: Goal, factors: Any, examples: float | None
+        self,
+        state: RotoGradState,
+        job: Job,
+        batch: Any,
+        goal: Goal,
+        factors: RotoGradFactors | None,
+        examples: float | None,
     ) -> Pass:
         """One pass through the seam."""
+        _check_loss(state, job)
         # The weights of the plan only say whether gradients of the parameters are wanted.
         weights = None if goal == "stats" else state.weights
-        _check_seam(state, job)
         plan = plan_of(job.params, job.loss_fn, batch, None, weights, "norms", active=job.mask, **job.options)
-        self._check_heads(state, plan)
-        active = torch.ones_like(state.weights, dtype=torch.bool) if job.mask is None else job.mask
-        moves = due(state, self.hyper.every, job.update) is not False and goal != "second"
-        with no_graph():
-            measured = seam(
-                plan, lambda plan: Rotations(state, self.hyper, active, factors, moves, examples is not None, weights)
-            )
+        self._check_count(state, plan)
+        moves = due(state, self.hyper.every, job.update) is not False
+
+        def crossing(plan: Plan) -> Rotations:
+            return Rotations(plan, state, self.hyper, factors, moves, examples is not None)
+
+        measured = run_engine(plan, partial(seam, crossing_of=crossing))
         stats: RotoGradStats = measured.stats
-        if isinstance(stats.grads, list):
-            stats = stats._replace(grads=plan.params(stats.grads))
-        return Pass(stats._replace(num_examples=1.0 if examples is None else examples), measured.aux)
+        grads = plan.params(stats.grads) if isinstance(stats.grads, list) else ()
+        count = torch.as_tensor(1.0 if examples is None else examples)
+        return Pass(stats._replace(grads=grads, num_examples=count), measured.aux)
 
     def decide(self, state: RotoGradState, stats: RotoGradStats, job: Job) -> tuple[RotoGradFactors, tuple[()]]:
         """The factors of the whole; rotations are left to `balance`."""
-        active = torch.ones_like(state.weights, dtype=torch.bool) if job.mask is None else job.mask
-        with no_graph():
-            return factors_of(state, stats, active, self.hyper), ()
+        with no_graph(), full_precision(state.weights):
+            return factors_of(state, stats, job.mask, self.hyper), ()
 
     def balance(
         self, state: RotoGradState, stats: RotoGradStats, mask: Any, update: bool | Tensor
@@ -147,7 +188,7 @@ class Rotating(NamedTuple):
         """The next rotations."""
         return balance(state, stats, self.hyper, mask, update)
 
-    def _check_heads(self, state: RotoGradState, plan: Plan) -> None:
+    def _check_count(self, state: RotoGradState, plan: Plan) -> None:
         loss, layout = plan.loss_fn, self.hyper.layout
         assert isinstance(loss, MultiTaskLoss)
         if layout.size != state.rotations.shape[-1]:
@@ -165,7 +206,7 @@ class Rotating(NamedTuple):
             )
 
 
-def _check_seam(state: RotoGradState, job: Job) -> None:
+def _check_loss(state: RotoGradState, job: Job) -> None:
     check_state(state)
     loss = job.loss_fn
     if not isinstance(loss, MultiTaskLoss) or loss.backbone is None:
@@ -174,47 +215,3 @@ def _check_seam(state: RotoGradState, job: Job) -> None:
             f"loss_fn is {kind}: rotations act on the representation z between backbone and heads, so give it as "
             "gn.multi_task_loss(backbone, heads)"
         )
-
-
-def _init(
-    num_tasks: int,
-    hyper: Hyper,
-    rotations: Tensor | None,
-    initial_losses: Any,
-    dtype: torch.dtype | None,
-    device: torch.device | str | None,
-) -> RotoGradState:
-    if isinstance(num_tasks, bool) or not isinstance(num_tasks, int) or num_tasks < 2:
-        raise ValueError(f"num_tasks={num_tasks!r}: there is nothing to align with fewer than two tasks")
-    dtype = torch.get_default_dtype() if dtype is None else dtype
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype} must be a floating-point dtype")
-    shape = (num_tasks, hyper.layout.size, hyper.layout.size)
-    eye = torch.eye(shape[-1], dtype=dtype, device=device)
-    if rotations is None:
-        start = eye.repeat(num_tasks, 1, 1)
-    else:
-        if rotations.shape != shape:
-            raise ValueError(f"rotations has shape {tuple(rotations.shape)}; these tasks and features need {shape}")
-        start = rotations.detach().to(dtype=dtype, device=device).clone(memory_format=torch.contiguous_format)
-        if not bool(torch.linalg.matrix_norm(start.mT @ start - eye).max() < 1e-3):
-            raise ValueError("rotations must be orthogonal; see gn.random_rotations")
-    losses = torch.full((num_tasks,), torch.nan, dtype=dtype, device=device)
-    if initial_losses is not None:
-        losses = task_vector(initial_losses, "initial_losses").detach().to(dtype=dtype, device=device, copy=True)
-        if losses.shape[0] != num_tasks:
-            raise ValueError(f"initial_losses has {losses.shape[0]} entries, but num_tasks={num_tasks}")
-    ones, nan = torch.ones_like(losses), torch.full((), torch.nan, dtype=dtype, device=device)
-    flat = torch.zeros_like(start)
-    return RotoGradState(
-        rotations=start,
-        base=() if hyper.moving else start.clone(),
-        tangents=() if hyper.moving else flat,
-        moments=hyper.optimizer.init(flat),
-        weights=ones,
-        weight_moments=hyper.weight_optimizer.init(ones) if hyper.scale == "gradnorm" else (),
-        initial_losses=losses,
-        initial_norms=torch.full_like(losses, torch.nan),
-        initial_backbone_loss=nan,
-        step=torch.zeros((), dtype=torch.int64, device=device),
-    )

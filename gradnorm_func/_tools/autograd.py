@@ -35,8 +35,8 @@ class _Fork(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
-        found = [grad for grad in grads if grad is not None]
-        return (sum(found[1:], found[0]) if found else None), None
+        parts = [grad for grad in grads if grad is not None]
+        return (sum(parts[1:], parts[0]) if parts else None), None
 
 
 def fork(z: Any, tasks: int | Mapping[str, Any] | Sequence[Any]) -> Any:
@@ -142,55 +142,70 @@ def measure_losses(
     if not vector.requires_grad:
         raise ValueError("losses have no graph: were they computed under no_grad, or from a detached z?")
     constant = torch.as_tensor(scale, dtype=vector.dtype, device=vector.device)
-    seeds = constant.expand_as(vector)
-    if weights is not None:
-        if where is not None:
-            raise ValueError("weights= is for copies, which keep their gradients; at where=, call before backward()")
-        if weights.shape != vector.shape:
-            raise ValueError(wrong_count(vector.shape[0], weights.shape[0]))
-        seeds = seeds * weights.detach().to(vector)
     stats = TaskStats(losses=vector.detach(), num_examples=torch.as_tensor(num_examples))
     if where is not None:
+        if weights is not None:
+            raise ValueError("weights= is for copies, which keep their gradients; at where=, call before backward()")
         return _at_parameters(stats, losses, where, constant, needs)
     tasks = [tree.flatten(copy)[0] for copy in _checked(copies, losses, vector.shape[0])]
-    flat = [leaf for leaves in tasks for leaf in leaves]
-    if weights is not None:
-        found = [leaf.grad for leaf in flat]
-        if all(grad is None for grad in found):
-            raise ValueError("no gradient has come to the copies: call backward() first, or leave weights out")
+    seeds = constant.expand_as(vector)
+    if weights is None:
+        z_grads = _pulled(vector, tasks, seeds)
     else:
-        if not all(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in flat):
-            raise ValueError("the copies have no graph: was the backbone run under no_grad, or is it frozen?")
-        # One pass: a copy is read by its own task alone.
-        found = list(torch.autograd.grad(vector, flat, seeds, retain_graph=True, allow_unused=True))
-        for leaf in flat:
-            leaf.grad = None  # kept from this pass too, and the backward pass of the step would add to it
-        if all(grad is None for grad in found):
-            raise ValueError(
-                "no loss depends on its copy of z: are the copies those that the heads were given? A wrapper may have "
-                "replaced them on the way out (Accelerate does so with bfloat16: fork z.float(); DDP with "
-                "find_unused_parameters)"
-            )
-    filled = [whole(torch.zeros_like(x) if g is None else g) for x, g in zip(flat, found, strict=True)]
-    width = len(tasks[0])
-    z_grads = [filled[k::width] for k in range(width)]  # of each leaf of z, those of the T copies
-    signed = promoted(seeds.detach())
-    size = signed.abs()
+        if weights.shape != vector.shape:
+            raise ValueError(wrong_count(vector.shape[0], weights.shape[0]))
+        seeds, z_grads = seeds * weights.detach().to(vector), _written(tasks)
+    return _at_copies(stats, z_grads, promoted(seeds.detach()), needs)
+
+
+def _pulled(vector: Tensor, tasks: list[list[Tensor]], seeds: Tensor) -> list[list[Tensor]]:
+    """The gradients at the copies, of each leaf of z those of the T tasks, from a pass through the heads alone."""
+    flat = [leaf for leaves in tasks for leaf in leaves]
+    if not all(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in flat):
+        raise ValueError("the copies have no graph: was the backbone run under no_grad, or is it frozen?")
+    # One pass: a copy is read by its own task alone.
+    grads = torch.autograd.grad(vector, flat, seeds, retain_graph=True, allow_unused=True)
+    for leaf in flat:
+        leaf.grad = None  # kept from this pass too, and the backward pass of the step would add to it
+    if all(grad is None for grad in grads):
+        raise ValueError(
+            "no loss depends on its copy of z: are the copies those that the heads were given? A wrapper may have "
+            "replaced them on the way out (Accelerate does so with bfloat16: fork z.float(); DDP with "
+            "find_unused_parameters)"
+        )
+    return _by_leaf(tasks, grads)
+
+
+def _written(tasks: list[list[Tensor]]) -> list[list[Tensor]]:
+    """The same, as the step's own backward pass has left them on the copies."""
+    grads = [leaf.grad for leaves in tasks for leaf in leaves]
+    if all(grad is None for grad in grads):
+        raise ValueError("no gradient has come to the copies: call backward() first, or leave weights out")
+    return _by_leaf(tasks, grads)
+
+
+def _by_leaf(tasks: list[list[Tensor]], grads: Sequence[Tensor | None]) -> list[list[Tensor]]:
+    width, flat = len(tasks[0]), [leaf for leaves in tasks for leaf in leaves]
+    zeros = [whole(torch.zeros_like(x) if grad is None else grad) for x, grad in zip(flat, grads, strict=True)]
+    return [zeros[k::width] for k in range(width)]
+
+
+def _at_copies(stats: TaskStats, z_grads: list[list[Tensor]], seeds: Tensor, needs: str) -> TaskStats:
+    """Norms or Gramian of gradients that carry the seeds, without them; NaN for a weight of 0."""
     if needs == "gramian":
-        gramian = gramian_of([torch.stack(leaf) for leaf in z_grads]) / signed[:, None] / signed
+        gramian = gramian_of([torch.stack(leaf) for leaf in z_grads]) / seeds[:, None] / seeds
         squares = diagonal(gramian)
         return stats._replace(grad_norms=safe_sqrt(squares), square_norms=squares, gramian=gramian)
-    norms, example_norms = norms_by_example(z_grads)
-    norms = norms / size  # NaN for a weight of 0
-    return stats._replace(grad_norms=norms, example_norms=example_norms / size, square_norms=norms.square())
+    norms, example_norms = (row / seeds.abs() for row in norms_by_example(z_grads))
+    return stats._replace(grad_norms=norms, example_norms=example_norms, square_norms=norms.square())
 
 
 def _checked(copies: Any, losses: Any, count: int) -> list[Any]:
     """The copies in task order."""
     if isinstance(copies, Mapping):
-        names, found = sorted(copies), task_names(losses)
-        if names != found:
-            raise ValueError(f"the copies are for the tasks {names}, but the losses are {found}")
+        names = sorted(copies)
+        if names != task_names(losses):
+            raise ValueError(f"the copies are for the tasks {names}, but the losses are {task_names(losses)}")
         return [copies[name] for name in names]
     if isinstance(copies, Tensor) or len(copies) != count:
         size = "one tensor" if isinstance(copies, Tensor) else f"{len(copies)} of them"

@@ -1,68 +1,37 @@
-"""Bridges to the stateful world: nn.Module, .grad for torch.optim, checkpoints, loggers.
+"""Bridges to the stateful world: `.grad` for torch.optim, checkpoints, loggers.
 
-The one module that writes to what it is given, and only in `write_grads`.
+The one module that writes to its arguments, and only in `write_grads`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import task_names
+from gradnorm_func._core.tree import Tensors
+
+State = TypeVar("State", bound=Tensors)
+# The names of the tasks, or what has a part for each of them: the losses, the heads.
+Tasks: TypeAlias = Mapping[str, Any] | Sequence[Any] | Tensor
 
 
-def functional(module: nn.Module, prefix: str = "", *, buffers: bool = False) -> Callable[..., Any]:
-    r"""A module as a pure function of params, the flat dict of `named_parameters()`.
+class Info(Protocol):
+    """What every balancer's Info has: a NamedTuple of tensors, the losses among them."""
 
-    Args:
-        module: any module: the whole model, or a part of it. It is never written to.
-        prefix: the path of `module` inside the model whose parameters `params` holds: `functional(model.trunk,
-            "trunk")` reads the entries "trunk....". "" is the whole model.
-        buffers: True returns (output, new buffers), a dict with prefixed names: what BatchNorm in train mode has
-            computed. Use it as aux. `params` may hold buffers' values under their names, those of the module are
-            used otherwise.
+    @property
+    def losses(self) -> Any:
+        """(T,)"""
 
-    Returns:
-        A function (params, *args, **kwargs) -> output.
-
-    Raises:
-        ValueError: if params has no entry for a parameter of the module.
-
-    Example:
-        >>> import torch, gradnorm_func as gn
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
-        >>> params = dict(model.named_parameters())
-        >>> first = gn.functional(model[0], "0")
-        >>> first(params, torch.ones(5, 3)).shape
-        torch.Size([5, 2])
-    """
-    dot = f"{prefix}." if prefix else ""
-    names = [name for name, _ in module.named_parameters()]
-    buffer_names = [name for name, _ in module.named_buffers()]
-
-    def call(params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        missing = [dot + name for name in names if dot + name not in params]
-        if missing:
-            raise ValueError(
-                f"params has no {missing[0]!r}: give dict(model.named_parameters()), and as prefix= the path of the "
-                f"part in the model (prefix={prefix!r} now)"
-            )
-        values = {name: params[dot + name] for name in names}
-        # Clones, for batch norm writes to its buffers in place.
-        held = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        held |= {name: params[dot + name].clone() for name in buffer_names if dot + name in params}
-        out = torch.func.functional_call(module, (values, held), args, kwargs)
-        return (out, {dot + name: held[name] for name in buffer_names}) if buffers else out
-
-    return call
+    def _asdict(self) -> dict[str, Any]: ...
 
 
-def write_grads(target: nn.Module | Mapping[str, Tensor] | Iterable[Tensor], grads: Any) -> None:
+def write_grads(target: nn.Module | Iterable[Tensor] | Tensors, grads: Tensors) -> None:
     r"""Writes gradients into `.grad`, for any `torch.optim` optimizer to step on.
 
     Args:
@@ -97,7 +66,7 @@ def write_grads(target: nn.Module | Mapping[str, Tensor] | Iterable[Tensor], gra
         leaf.grad = new if new.stride() == leaf.stride() else torch.empty_like(leaf).copy_(new)
 
 
-def state_dict(state: Any) -> dict[str, Tensor]:
+def state_dict(state: Tensors) -> dict[str, Tensor]:
     r"""A state as a flat dict of tensors, which `torch.save` writes and `torch.load(weights_only=True)` reads.
 
     Args:
@@ -114,7 +83,7 @@ def state_dict(state: Any) -> dict[str, Tensor]:
     return {path: leaf.detach().clone() for path, leaf in zip(tree.paths(state), tree.flatten(state)[0], strict=True)}
 
 
-def load_state(template: Any, saved: Mapping[str, Tensor]) -> Any:
+def load_state(template: State, saved: Mapping[str, Tensor]) -> State:
     r"""The state that `state_dict` wrote, bit for bit.
 
     Args:
@@ -150,10 +119,11 @@ def load_state(template: Any, saved: Mapping[str, Tensor]) -> Any:
         saved[name].to(dtype=leaf.dtype, device=leaf.device, copy=True)
         for name, leaf in zip(names, leaves, strict=True)
     ]
-    return tree.unflatten(treedef, new)
+    state: State = tree.unflatten(treedef, new)
+    return state
 
 
-def log_dict(info: Any, names: Any = None, *, prefix: str = "") -> dict[str, Tensor]:
+def log_dict(info: Info, names: Tasks | None = None, *, prefix: str = "") -> dict[str, Tensor]:
     r"""An Info as a flat dict of 0-d tensors, for TensorBoard, W&B and the like.
 
     Args:
@@ -162,8 +132,8 @@ def log_dict(info: Any, names: Any = None, *, prefix: str = "") -> dict[str, Ten
         prefix: put before every name.
 
     Returns:
-        dict: "weights/depth", "grad_norms/depth", ..., "total_loss", "finite". Nothing is copied to the host here:
-        it is the logger that waits for the device.
+        dict: "weights/depth", "grad_norms/depth", ..., "total_loss", "finite", and "memory.sums/depth" of what a method
+        remembers. Nothing is copied to the host here: it is the logger that waits for the device.
 
     Raises:
         ValueError: if there are not as many names as tasks.
@@ -174,27 +144,23 @@ def log_dict(info: Any, names: Any = None, *, prefix: str = "") -> dict[str, Ten
         >>> gn.log_dict(info, ["a", "b"])["grad_norms/a"]
         tensor(3.)
     """
-    num_tasks = info.losses.shape[0]
-    is_list = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
-    tasks = task_names(info.losses) if names is None else list(names) if is_list else task_names(names)
-    if len(tasks) != num_tasks:
-        raise ValueError(f"names has {len(tasks)} entries, but there are {num_tasks} tasks")
+    tasks = _task_names(info, names)
+    len(tasks)
     flat: dict[str, Tensor] = {}
-    for field, value in zip(tree.paths(info), tree.flatten(info)[0], strict=True):
-        value = value.detach()
+    for path, leaf in zip(tree.paths(info), tree.flatten(info)[0], strict=True):
+        value, name = leaf.detach(), prefix + path
         if value.ndim == 0:
-            # Loggers average, and warn of bools.
-            flat[prefix + field] = value.float() if value.dtype == torch.bool else value
-        elif value.shape == (num_tasks, num_tasks):  # between tasks: the pairs, once
+            flat[name] = value.float() if value.dtype == torch.bool else value  # loggers average, and warn of bools
+        elif value.shape == (len(tasks), len(tasks)):  # between tasks: the pairs, once
             for (i, a), (j, b) in itertools.combinations(enumerate(tasks), 2):
-                flat[f"{prefix}{field}/{a}-{b}"] = value[i, j]
-        else:  # one number a task, or what else a method remembers
-            entries = tasks if value.shape == (num_tasks,) else range(value.numel())
-            flat |= {f"{prefix}{field}/{entry}": x for entry, x in zip(entries, value.flatten().unbind(), strict=True)}
+                flat[f"{name}/{a}-{b}"] = value[i, j]
+        else:  # per task, or something else that a method remembers
+            labels = tasks if value.shape == (len(tasks),) else range(value.numel())
+            flat |= {f"{name}/{label}": entry for label, entry in zip(labels, value.flatten().unbind(), strict=True)}
     return flat
 
 
-def check_finite(info: Any, names: Any = None) -> None:
+def check_finite(info: Info, names: Tasks | None = None) -> None:
     r"""Raises if a step was refused because a loss or a gradient was not finite; the state of that step is the old one.
 
     It waits for the device, which the balancers themselves never do.
@@ -213,9 +179,9 @@ def check_finite(info: Any, names: Any = None) -> None:
         Traceback (most recent call last):
         FloatingPointError: the loss of 'seg' is not finite: ...
     """
-    if bool(info.finite):
+    if bool(info._asdict()["finite"]):
         return
-    tasks = task_names(info.losses) if names is None else names if isinstance(names, list) else task_names(names)
+    tasks = _task_names(info, names)
     for kind, values in (("loss", info.losses), ("gradient", getattr(info, "grad_norms", info.losses))):
         bad = [repr(task) for task, ok in zip(tasks, values.isfinite().tolist(), strict=True) if not ok]
         if bad:
@@ -227,3 +193,14 @@ def check_finite(info: Any, names: Any = None) -> None:
         "this step's update is not finite, though losses and gradients are: the state was left as it was; "
         "lower the learning rate of the rotations or weights"
     )
+
+
+def _task_names(info: Info, names: Tasks | None) -> list[str]:
+    count: int = info.losses.shape[0]
+    if names is None:
+        return task_names(info.losses)
+    is_list = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    tasks = list(names) if is_list else task_names(names)
+    if len(tasks) != count:
+        raise ValueError(f"names has {len(tasks)} entries, but there are {count} tasks")
+    return tasks

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import LossFn, task_names
 from gradnorm_func._core.numerics import cosines, row_norms
-from gradnorm_func._core.tree import Where
+from gradnorm_func._core.tree import Tensors, Where
 from gradnorm_func._measure.measure import named_losses, run_engine
 from gradnorm_func._measure.plan import plan_of
 from gradnorm_func._reduce.stats import gramian_of
@@ -33,7 +33,7 @@ class LayerReport(NamedTuple):
 
 def layer_analysis(
     loss_fn: LossFn,
-    params: Any,
+    params: Tensors,
     batch: Any,
     *,
     where: Where = None,
@@ -75,7 +75,7 @@ def layer_analysis(
         head     6     .
         last layer that every task reaches: trunk
     """
-    options = {"has_aux": has_aux, "vectorize": vectorize, "chunk_size": chunk_size}
+    options: dict[str, Any] = {"has_aux": has_aux, "vectorize": vectorize, "chunk_size": chunk_size}
     everywhere = where if where is not None else lambda path: True
     plan = plan_of(params, loss_fn, batch, everywhere, None, "norms", task_grads=True, **options)
     measured, names = run_engine(plan), tree.paths(params)
@@ -111,16 +111,11 @@ def _walk(node: Any, path: str) -> list[str]:
 
 def _table(report: LayerReport) -> str:
     tasks = task_names(report.losses)
-    wide = len(tasks) > MOST_COLUMNS
-    rows = [["layer", *(["largest", "median", "smallest"] if wide else tasks), "most opposed"]]
+    summary = len(tasks) > MOST_COLUMNS
+    rows = [["layer", *(["largest", "median", "smallest"] if summary else tasks), "most opposed"]]
     for layer, norms in report.norms.items():
         values = norms.tolist()
-        if wide:
-            order = sorted(range(len(values)), key=lambda i: values[i])
-            ends = [f"{_number(values[i])} {tasks[i]}" for i in (order[-1], order[0])]
-            cells = [ends[0], _number(float(norms.median())), ends[1]]
-        else:
-            cells = [_number(value) for value in values]
+        cells = _extremes(norms, tasks) if summary else [_number(value) for value in values]
         rows.append([layer or "(params)", *cells, _most_opposed(report.cosines[layer].tolist(), values, tasks)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = ["<", *[">"] * (len(widths) - 2), "<"]
@@ -129,6 +124,13 @@ def _table(report: LayerReport) -> str:
     reached = [layer for layer, norms in report.norms.items() if bool((norms > 0).all())]
     end = f"last layer that every task reaches: {reached[-1]}" if reached else "no layer that every task reaches"
     return "\n".join(line.rstrip() for line in [*lines, end])
+
+
+def _extremes(norms: Tensor, tasks: list[str]) -> list[str]:
+    """The largest norm and whose it is, the median, the smallest norm and whose it is."""
+    largest, smallest = int(norms.argmax()), int(norms.argmin())
+    ends = [f"{_number(float(norms[i]))} {tasks[i]}" for i in (largest, smallest)]
+    return [ends[0], _number(float(norms.median())), ends[1]]
 
 
 def _number(value: float) -> str:

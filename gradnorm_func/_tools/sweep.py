@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
+from gradnorm_func._balance.algorithm1 import GradNormInfo, GradNormState
 from gradnorm_func._balance.gradnorm import gradnorm
+from gradnorm_func._balance.guard import I, S
 from gradnorm_func._balance.protocol import Balancer
-from gradnorm_func._core import optim, tree
-from gradnorm_func._core.loss import LossFn, task_vector
-from gradnorm_func._core.numerics import choose
-from gradnorm_func._tools.train import _bar, compiled
+from gradnorm_func._core import tree
+from gradnorm_func._core.compiling import compiled
+from gradnorm_func._core.loss import LossFn
+from gradnorm_func._core.optim import Optimizer, adam
+from gradnorm_func._core.progress import bar
+from gradnorm_func._core.tree import Params
+from gradnorm_func._tools.sweep_grid import Factory, Grid, check_names, combinations_of
+from gradnorm_func._tools.sweep_runs import Plan, Runs, joined, start, step_of
 
-Grid = Mapping[str, Sequence[float]] | Sequence[Mapping[str, float]]
 
-
-class SweepResult(NamedTuple):
+class SweepResult(NamedTuple, Generic[Params, S, I]):
     """R finished runs. Every tensor has a leading axis of runs."""
 
-    params: Any  # the trained parameters, every leaf (R, ...)
-    state: Any  # of the balancer, every field (R, ...)
-    history: Any  # the balancer's Info, every field (R, steps, ...)
-    metric: Any  # (R,) the metric of the trained parameters; `()` without one
+    params: Params  # the trained parameters, every leaf (R, ...)
+    state: S  # of the balancer, every field (R, ...)
+    history: I  # the balancer's Info, every field (R, steps, ...)
+    metric: Tensor | tuple[()]  # (R,) the metric of the trained parameters; `()` without one
     runs: dict[str, Tensor]  # the table of runs: every hyperparameter, and "seed", (R,)
 
     @property
@@ -40,28 +40,60 @@ class SweepResult(NamedTuple):
             raise ValueError("the metric of every run is NaN")
         return int(torch.where(self.metric.isnan(), torch.inf, self.metric).argmin())
 
-    def run(self, index: int) -> tuple[Any, Any, Any]:
+    def run(self, index: int) -> tuple[Params, S, I]:
         """(params, state, history) of one run, as `train` returns them."""
-        params, state, history = (
-            tree.tree_map(lambda x: x[index], part) for part in (self.params, self.state, self.history)
-        )
-        return params, state, history
+        one: tuple[Params, S, I] = tree.tree_map(lambda leaf: leaf[index], self[:3])
+        return one
 
 
+@overload
 def sweep(
-    params: Any,
+    params: Callable[[int], Params] | Params,
     loss_fn: LossFn,
     batches: Iterable[Any],
     *,
     grid: Grid | None = None,
     seeds: Iterable[int] = (0,),
-    balancer: Balancer | Callable[..., Balancer] | None = None,
-    optimizer: optim.Optimizer | Callable[..., optim.Optimizer] | None = None,
-    metric: Callable[[Any], Tensor] | None = None,
+    balancer: None = None,
+    optimizer: Optimizer | Callable[..., Optimizer] | None = None,
+    metric: Callable[[Params], Tensor] | None = None,
     chunk_size: int | None = None,
     compile: bool = True,
     progress: bool = True,
-) -> SweepResult:
+) -> SweepResult[Params, GradNormState, GradNormInfo]: ...
+
+
+@overload
+def sweep(
+    params: Callable[[int], Params] | Params,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    *,
+    grid: Grid | None = None,
+    seeds: Iterable[int] = (0,),
+    balancer: Balancer[S, I] | Callable[..., Balancer[S, I]],
+    optimizer: Optimizer | Callable[..., Optimizer] | None = None,
+    metric: Callable[[Params], Tensor] | None = None,
+    chunk_size: int | None = None,
+    compile: bool = True,
+    progress: bool = True,
+) -> SweepResult[Params, S, I]: ...
+
+
+def sweep(
+    params: Callable[[int], Params] | Params,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    *,
+    grid: Grid | None = None,
+    seeds: Iterable[int] = (0,),
+    balancer: Balancer[Any, Any] | Callable[..., Balancer[Any, Any]] | None = None,
+    optimizer: Optimizer | Callable[..., Optimizer] | None = None,
+    metric: Callable[[Params], Tensor] | None = None,
+    chunk_size: int | None = None,
+    compile: bool = True,
+    progress: bool = True,
+) -> SweepResult[Params, Any, Any]:
     r"""Trains every combination of hyperparameters and seeds at once: one loop, with all runs under `vmap`.
 
     Every run sees the same batches in the same order, and is what it would be on its own; a run that diverges keeps
@@ -79,9 +111,9 @@ def sweep(
         seeds: every combination is run once for each of them.
         balancer: a function of hyperparameters, told apart by their names in `grid`,
             `lambda alpha, lr: gn.gradnorm(alpha=alpha, optimizer=gn.adam(lr))`; it gets them as 0-d tensors.
-            Or a balancer for all runs. None is GradNorm with its defaults.
-        optimizer: of the parameters, leaf by leaf: `gn.adam(1e-3)`, or a function of hyperparameters, as above.
-            None is Adam at 1e-3.
+            Or a balancer for all runs. Default: GradNorm with its defaults.
+        optimizer: the parameters' optimizer, leaf by leaf: `gn.adam(1e-3)`, or a function of hyperparameters, as above.
+            Default: Adam at 1e-3.
         metric: `metric(params) -> scalar`, lower is better, of one run's trained parameters.
         chunk_size: at most that many runs at a time, to bound the memory of activations.
         compile: run a step as one compiled graph.
@@ -112,6 +144,29 @@ def sweep(
         {'alpha': 0.0, 'rate': 0.1, 'seed': 0.0}
     """
     seeds = [int(seed) for seed in seeds]
+    _check(params, seeds, chunk_size)
+    combinations = combinations_of(grid)
+    make_balancer = Factory.of(gradnorm() if balancer is None else balancer, "balancer", Balancer, combinations)
+    make_optimizer = Factory.of(adam(1e-3) if optimizer is None else optimizer, "optimizer", Optimizer, combinations)
+    check_names(combinations, make_balancer, make_optimizer)
+    plan = Plan(loss_fn, combinations, seeds, make_balancer, make_optimizer)
+    step = compiled(step_of(plan), dynamic=False) if compile else step_of(plan)
+    table: dict[str, Tensor] = {}
+    chunks: list[Runs] = []
+    for batch in bar(batches, progress, "sweep"):
+        if not chunks:
+            starts = [params(seed) if callable(params) else params for seed in seeds]
+            table, chunks = start(plan, starts, batch, chunk_size)
+        with torch.no_grad():
+            for runs in chunks:
+                runs.infos.append(step(runs.hyper, runs.current, batch))
+    if not chunks:
+        raise ValueError("batches is empty: there was nothing to train on (a generator can be used only once)")
+    trained, state, history = joined(chunks)
+    return SweepResult(trained, state, history, () if metric is None else _evaluated(metric, trained), table)
+
+
+def _check(params: Any, seeds: list[int], chunk_size: int | None) -> None:
     if not seeds:
         raise ValueError("seeds is empty: there is nothing to run")
     if len(seeds) > 1 and not callable(params):
@@ -120,191 +175,12 @@ def sweep(
         )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1, or None for all runs at once")
-    combinations = _combinations(grid)
-    names = list(combinations[0])
-    make_balancer = _factory(gradnorm() if balancer is None else balancer, "balancer", Balancer, names, combinations)
-    make_optimizer = _factory(
-        optim.adam(1e-3) if optimizer is None else optimizer, "optimizer", optim.Optimizer, names, combinations
-    )
-    idle = [name for name in names if name not in {*make_balancer.names, *make_optimizer.names}]
-    if idle:
-        raise _unknown(idle[0], [*make_balancer.names, *make_optimizer.names])
-
-    def step(hyper: dict[str, Tensor], params: Any, moments: Any, state: Any, batch: Any) -> Any:
-        """One step of one run; not finite, it changes neither the parameters nor their moments."""
-        leaves, treedef = tree.flatten(params)
-        grads, new, info = make_balancer(hyper).grad(state, params, loss_fn, batch)
-        update, rows = make_optimizer(hyper).update, []
-        for grad, leaf, moment in zip(tree.flatten(grads)[0], leaves, moments, strict=True):
-            move, moment = update(grad, moment, leaf)
-            rows.append(((leaf + move).to(leaf.dtype), moment))
-        ok = getattr(info, "finite", None)
-        if ok is None:  # a balancer that does not say so, and then its state must be kept here
-            ok = torch.stack([leaf.isfinite().all() for leaf in tree.flatten(grads)[0]]).all()
-            new = choose(ok, new, state)
-        kept = [choose(ok, row, old) for row, old in zip(rows, zip(leaves, moments, strict=True), strict=True)]
-        return tree.unflatten(treedef, [leaf for leaf, _ in kept]), [moment for _, moment in kept], new, info
-
-    def advance(hyper: dict[str, Tensor], current: Any, batch: Any) -> Any:
-        """One step of a group of runs; `current` is ours, and is written to, for the sake of time and memory."""
-        mapped: Callable[..., Any] = torch.func.vmap(step, in_dims=(0, 0, 0, 0, None), randomness="different")
-        *new, info = mapped(hyper, *current, batch)
-        info = tree.tree_map(torch.clone, info)  # the weights in it are those of the state
-        for old, leaf in zip(tree.flatten(current)[0], tree.flatten(tuple(new))[0], strict=True):
-            old.copy_(leaf)
-        return info
-
-    run = compiled(advance, dynamic=False) if compile else advance
-
-    table: dict[str, Tensor] = {}
-    groups: list[_Group] = []
-    for batch in _bar(batches, progress, "sweep"):
-        if not groups:
-            table, groups = _start(
-                params, loss_fn, batch, combinations, seeds, make_balancer, make_optimizer, chunk_size
-            )
-        with torch.no_grad():
-            for group in groups:
-                group.infos.append(run(group.hyper, group.current, batch))
-    if not groups:
-        raise ValueError("batches is empty: there was nothing to train on (a generator can be used only once)")
-    trained, state = (_join([group.current[part] for group in groups]) for part in (0, 2))
-    history = _join([tree.tree_map(lambda *rows: torch.stack(rows, 1), *group.infos) for group in groups])
-    return SweepResult(trained, state, history, () if metric is None else _evaluate(metric, trained), table)
 
 
-class _Group(NamedTuple):
-    """Runs that share a step; every tensor has a leading axis of runs."""
-
-    hyper: dict[str, Tensor]
-    current: tuple[Any, Any, Any]  # parameters, their moments, the balancer's state
-    infos: list[Any]  # one a step
-
-
-class _Factory(NamedTuple):
-    """A balancer or an optimizer, as a function of the hyperparameters it is named after."""
-
-    make: Callable[..., Any]
-    names: tuple[str, ...]
-
-    def __call__(self, hyper: Mapping[str, Any]) -> Any:
-        return self.make(**{name: hyper[name] for name in self.names})
-
-
-def _factory(given: Any, role: str, kind: Any, names: list[str], combinations: list[dict[str, float]]) -> _Factory:
-    if isinstance(given, kind):
-        return _Factory(lambda: given, ())
-    if not callable(given):
-        raise ValueError(
-            f"{role}={given!r} must be a {kind.__name__}, or a function of hyperparameters that returns one"
-        )
-    parameters = inspect.signature(given).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        raise ValueError(f"{role} takes any name: name its hyperparameters one by one, as in `lambda alpha, lr: ...`")
-    missing = [
-        p.name for p in parameters if p.name not in names and p.default is p.empty and p.kind != p.VAR_POSITIONAL
-    ]
-    if missing:
-        raise ValueError(f"{role} takes {missing[0]!r}, which grid does not have; it has {names}")
-    factory = _Factory(given, tuple(p.name for p in parameters if p.name in names))
-    for combination in combinations:
-        # With plain numbers first, whose range the library checks; a function may also want tensors.
-        with suppress(TypeError, AttributeError):
-            factory(combination)
-    made = factory({name: torch.tensor(value) for name, value in combinations[0].items()})
-    if not isinstance(made, kind):
-        raise ValueError(f"{role} returned {type(made).__name__} and not a {kind.__name__}")
-    return factory
-
-
-def _combinations(grid: Grid | None) -> list[dict[str, float]]:
-    """Every run but for its seed, a dict of names and numbers."""
-    if grid is None:
-        return [{}]
-    if isinstance(grid, Mapping):
-        for name, values in grid.items():
-            if isinstance(values, str) or not isinstance(values, Iterable):
-                raise ValueError(f"grid[{name!r}]={values!r} must be a list of numbers")
-        columns = [list(values) for values in grid.values()]
-        empty = [name for name, column in zip(grid, columns, strict=True) if not column]
-        if empty or not columns:
-            raise ValueError(f"grid{f'[{empty[0]!r}]' if empty else ''} is empty: there is nothing to run")
-        found = [dict(zip(grid, row, strict=True)) for row in itertools.product(*columns)]
-    else:
-        found = [dict(row) for row in grid]
-        if not found:
-            raise ValueError("grid is empty: there is nothing to run")
-        for row in found:
-            if set(row) != set(found[0]):
-                raise ValueError(f"every combination in grid needs the same names, but {list(row)} != {list(found[0])}")
-    return [{name: _number(name, value) for name, value in row.items()} for row in found]
-
-
-def _number(name: str, value: Any) -> float:
-    if name == "seed":
-        raise ValueError("grid has a 'seed': pass seeds=")
-    if not isinstance(value, (bool, str)):
-        with suppress(TypeError, ValueError, RuntimeError):
-            return value if isinstance(value, int) else float(value)
-    raise ValueError(
-        f"grid[{name!r}] has {value!r}: all runs are one program, so only numbers can differ; call sweep once for each"
-    )
-
-
-def _unknown(name: str, known: list[str]) -> ValueError:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
-    hint = f"did you mean one of {near}?" if near else "give balancer= or optimizer= as a function of it"
-    return ValueError(f"grid has {name!r}, but neither balancer nor optimizer takes it; {hint}")
-
-
-def _start(
-    params: Any,
-    loss_fn: LossFn,
-    batch: Any,
-    combinations: list[dict[str, float]],
-    seeds: list[int],
-    make_balancer: _Factory,
-    make_optimizer: _Factory,
-    chunk_size: int | None,
-) -> tuple[dict[str, Tensor], list[_Group]]:
-    """The table of runs, and the runs themselves, not yet begun."""
-    starts = [params(seed) if callable(params) else params for seed in seeds]
-    tree.check_params(starts[0])
-    starts = [tree.tree_map(torch.detach, start) for start in starts]
+def _evaluated(metric: Callable[[Any], Tensor], trained: Any) -> Tensor:
     with torch.no_grad():
-        losses = task_vector(loss_fn(starts[0], batch))
-    # Hyperparameters are as exact as the weights, and do not widen what they are multiplied with.
-    dtype, device = torch.promote_types(losses.dtype, torch.float32), losses.device
-    runs = [(combination, k) for combination in combinations for k in range(len(seeds))]
-
-    def column(values: list[float]) -> Tensor:
-        whole = all(isinstance(value, int) for value in values)
-        return torch.tensor(values, dtype=torch.int64 if whole else dtype, device=device)
-
-    table = {name: column([combination[name] for combination, _ in runs]) for name in combinations[0]}
-    hyper = [{name: values[r] for name, values in table.items()} for r in range(len(runs))]
-    size = len(runs) if chunk_size is None else chunk_size
-    groups = []
-    for first in range(0, len(runs), size):
-        here = range(first, min(first + size, len(runs)))
-        # States one run at a time: what init checks, it may look at.
-        states = [make_balancer(hyper[r]).init(losses.shape[0], dtype=dtype, device=device) for r in here]
-        moments = [[make_optimizer(hyper[r]).init(leaf) for leaf in tree.flatten(starts[runs[r][1]])[0]] for r in here]
-        rows = [hyper[r] for r in here], [starts[runs[r][1]] for r in here], moments, states
-        shared, *current = (tree.tree_map(lambda *leaves: torch.stack(leaves), *part) for part in rows)
-        groups.append(_Group(shared, tuple(current), []))
-    table["seed"] = torch.tensor([seeds[k] for _, k in runs], device=device)
-    return table, groups
-
-
-def _join(parts: list[Any]) -> Any:
-    return parts[0] if len(parts) == 1 else tree.tree_map(lambda *rows: torch.cat(rows), *parts)
-
-
-def _evaluate(metric: Callable[[Any], Tensor], trained: Any) -> Tensor:
-    with torch.no_grad():
-        found = torch.func.vmap(metric, randomness="different")(trained)
-    if not isinstance(found, Tensor) or found.ndim != 1:
-        shape = tuple(found.shape[1:]) if isinstance(found, Tensor) else type(found).__name__
+        values = torch.func.vmap(metric, randomness="different")(trained)
+    if not isinstance(values, Tensor) or values.ndim != 1:
+        shape = tuple(values.shape[1:]) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"metric returned {shape}: it must be one scalar for a run")
-    return found
+    return values

@@ -4,41 +4,78 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 
+from gradnorm_func._balance.algorithm1 import GradNormInfo, GradNormState
 from gradnorm_func._balance.gradnorm import gradnorm
+from gradnorm_func._balance.guard import I, S
 from gradnorm_func._balance.protocol import Balancer
 from gradnorm_func._core import tree
+from gradnorm_func._core.compiling import compiled
 from gradnorm_func._core.loss import LossFn, task_vector
+from gradnorm_func._core.progress import bar
+from gradnorm_func._core.tree import Params
 from gradnorm_func._tools.interop import write_grads
+
+Batch = TypeVar("Batch")
+
+
+@overload
+def train(
+    params: Params,
+    loss_fn: LossFn,
+    batches: Iterable[Batch],
+    *,
+    balancer: None = None,
+    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
+    state: GradNormState | None = None,
+    mask: Callable[[Batch], Any] | None = None,
+    compile: bool = False,
+    progress: bool = True,
+) -> tuple[Params, GradNormState, GradNormInfo]: ...
+
+
+@overload
+def train(
+    params: Params,
+    loss_fn: LossFn,
+    batches: Iterable[Batch],
+    *,
+    balancer: Balancer[S, I],
+    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
+    state: S | None = None,
+    mask: Callable[[Batch], Any] | None = None,
+    compile: bool = False,
+    progress: bool = True,
+) -> tuple[Params, S, I]: ...
 
 
 def train(
-    params: Any,
+    params: Params,
     loss_fn: LossFn,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     *,
-    balancer: Balancer | None = None,
+    balancer: Balancer[Any, Any] | None = None,
     optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
     state: Any = None,
-    mask: Callable[[Any], Any] | None = None,
+    mask: Callable[[Batch], Any] | None = None,
     compile: bool = False,
     progress: bool = True,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Params, Any, Any]:
     r"""Trains params on balanced losses, one step a batch.
 
     Args:
         params: pytree of tensors to start from; it is copied, not trained in place.
         loss_fn: as in `measure`, without aux.
         batches: any iterable: its end is the end of the training.
-        balancer: `gn.gradnorm(...)` and the like; None is GradNorm with its defaults.
-        optimizer: of the parameters: a function from the list of tensors to a `torch.optim` optimizer, such as
-            `functools.partial(torch.optim.Adam, lr=1e-3)`; None is Adam at 1e-3.
-        state: of the balancer, to go on from; None is a fresh one.
-        mask: `mask(batch)`, the tasks present in a batch; None is all of them.
+        balancer: `gn.gradnorm(...)` or another balancer; default: GradNorm with its defaults.
+        optimizer: the parameters' optimizer, as a function from the list of tensors to a `torch.optim` optimizer, such
+            as `functools.partial(torch.optim.Adam, lr=1e-3)`; default: Adam at 1e-3.
+        state: the balancer's state to go on from; default: a fresh one.
+        mask: `mask(batch)`, the tasks that a batch has; default: all of them.
         compile: run losses, gradients and balancing as one compiled graph.
         progress: show a progress bar, if tqdm is installed.
 
@@ -56,27 +93,28 @@ def train(
         >>> history.weights.shape
         torch.Size([50, 2])
     """
-    chosen = gradnorm() if balancer is None else balancer
-    treedef = tree.flatten(params)[1]
-    leaves = [leaf.detach().clone() for leaf in tree.flatten(params)[0]]
-    stepper = (lambda tensors: torch.optim.Adam(tensors, lr=1e-3)) if optimizer is None else optimizer
-    torch_optimizer = stepper(leaves)  # steps in place, so that `current` is always up to date
-    current = tree.unflatten(treedef, leaves)
+    balancer = gradnorm() if balancer is None else balancer
+    leaves, treedef = tree.flatten(params)
+    leaves = [leaf.detach().clone() for leaf in leaves]
+    stepper = torch.optim.Adam(leaves, lr=1e-3) if optimizer is None else optimizer(leaves)
+    current: Params = tree.unflatten(treedef, leaves)  # always up to date, for the stepper works in place
 
-    def grad(state: Any, current: Any, batch: Any, present: Any) -> Any:
-        return chosen.grad(state, current, loss_fn, batch, mask=present)
+    def step(state: Any, current: Params, batch: Batch, tasks: Any, update: bool) -> Any:
+        return balancer.grad(state, current, loss_fn, batch, mask=tasks, update=update)
 
-    run = compiled(grad) if compile else grad
+    run = compiled(step) if compile else step
     history: list[Any] = []
-    for batch in _bar(batches, progress):
+    for batch in bar(batches, progress, "train"):
         if state is None:
-            state = _fresh_state(chosen, loss_fn, current, batch)
-        grads, state, info = run(state, current, batch, None if mask is None else mask(batch))
+            state = balancer.init(**init_arguments(loss_fn, current, batch))
+        update = balancer.every == 1 or int(state.step) % balancer.every == 0  # a compiled step cannot ask
+        grads, state, info = run(state, current, batch, None if mask is None else mask(batch), update)
         # A step that is not finite must not reach the parameters. Zeroed gradients would still move Adam's moments,
         # so the optimizer is not called at all; this is the loop's one wait for the device.
-        if bool(getattr(info, "finite", True)):
+        if bool(info.finite):
             write_grads(current, grads)
-            torch_optimizer.step()
+            stepper.step()
+            state = state if update else state._replace(step=state.step + 1)
         if not history:
             _warn_of_zeros(info)
         history.append(info)
@@ -87,20 +125,12 @@ def train(
     return current, state, tree.tree_map(lambda *rows: torch.stack(rows), *history)
 
 
-def compiled(step: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """A step of this package as one graph. Dynamo counts recompilations by code object, and the ninth loop of a session
-    would be refused: each gets one of its own."""
-    step.__code__ = step.__code__.replace()
-    made: Callable[..., Any] = torch.compile(step, fullgraph=True, **options)
-    return made
-
-
-def _fresh_state(balancer: Balancer, loss_fn: LossFn, params: Any, batch: Any) -> Any:
-    """A state for as many tasks as the loss has, in at least float32 and where the parameters are."""
+def init_arguments(loss_fn: LossFn, params: Any, batch: Any) -> dict[str, Any]:
+    """What a balancer's `init` is to be called with: as many tasks as the loss has, in at least float32, beside it."""
     with torch.no_grad():
         losses = task_vector(loss_fn(params, batch))
     dtype = torch.promote_types(losses.dtype, torch.float32)
-    return balancer.init(losses.shape[0], dtype=dtype, device=losses.device)
+    return {"num_tasks": losses.shape[0], "dtype": dtype, "device": losses.device}
 
 
 def _warn_of_zeros(info: Any) -> None:
@@ -113,14 +143,3 @@ def _warn_of_zeros(info: Any) -> None:
             "does `where` name parameters that these losses depend on?",
             stacklevel=3,
         )
-
-
-def _bar(batches: Iterable[Any], progress: bool, name: str = "train") -> Iterable[Any]:
-    if not progress:
-        return batches
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return batches
-    bar: Iterable[Any] = tqdm(batches, desc=name, leave=False)
-    return bar

@@ -40,8 +40,8 @@ class Method(NamedTuple):
 
     name: str
     setting: str  # in words
-    balancer: gn.Balancer
-    start: Callable[[gn.Balancer, Tensor], Any]  # (balancer, losses of the first batch) -> state
+    balancer: gn.Balancer[Any, Any]
+    start: Callable[[gn.Balancer[Any, Any], Tensor], Any]  # (balancer, losses of the first batch) -> state
 
 
 class Run(NamedTuple):
@@ -60,7 +60,7 @@ class Result(NamedTuple):
     history: Any  # of the first seed
 
 
-def fresh(balancer: gn.Balancer, losses: Tensor) -> Any:
+def fresh(balancer: gn.Balancer[Any, Any], losses: Tensor) -> Any:
     return balancer.init(len(losses))
 
 
@@ -76,8 +76,8 @@ def equal() -> Method:
 def static(factors: Tensor, setting: str) -> Method:
     """Weights in ratio to 1 / L(0), times a factor each."""
 
-    def start(balancer: gn.Balancer, losses: Tensor) -> Any:
-        return gn.StaticState(factors * inverse(losses))
+    def start(balancer: gn.Balancer[Any, Any], losses: Tensor) -> Any:
+        return balancer.init(len(losses))._replace(weights=factors * inverse(losses))
 
     return Method(STATIC, setting, gn.static(), start)
 
@@ -89,7 +89,7 @@ def gradnorm(alpha: float, weight_lr: float) -> Method:
     """
     balancer = gn.gradnorm(alpha=alpha, where=digits.W, log_space=True, optimizer=gn.adam(weight_lr))
 
-    def start(balancer: gn.Balancer, losses: Tensor) -> Any:
+    def start(balancer: gn.Balancer[Any, Any], losses: Tensor) -> Any:
         return balancer.init(len(losses), weights=inverse(losses), initial_losses=losses)
 
     return Method(GRADNORM, f"alpha = {alpha:.3g}, in log space from w = 1/L(0)", balancer, start)
@@ -116,8 +116,8 @@ def candidates(settings: Settings) -> list[list[Method]]:
     ]
 
 
-def train(method: Method, data: digits.Digits, seed: int, steps: int, wrap: Callable[..., Any]) -> tuple[Any, Any]:
-    """One training of one method. The seed alone decides over parameters and batches."""
+def train(method: Method, data: digits.Digits, seed: int, steps: int, wrap: Callable[..., Any]) -> tuple[Any, Any, Any]:
+    """One training of one method: parameters, state, history. The seed alone decides over parameters and batches."""
     generator = torch.Generator().manual_seed(seed)
     params = digits.init_params(seed)
     first = digits.pairs(data, BATCH_SIZE, generator)
@@ -129,7 +129,7 @@ def train(method: Method, data: digits.Digits, seed: int, steps: int, wrap: Call
 
     losses = digits.loss_fn(params, first)
     state = method.start(method.balancer, torch.stack([losses[task] for task in ORDER]))
-    params, state, history = gn.train(
+    return gn.train(
         params,
         digits.loss_fn,
         wrap(batches()),
@@ -138,7 +138,6 @@ def train(method: Method, data: digits.Digits, seed: int, steps: int, wrap: Call
         optimizer=functools.partial(torch.optim.Adam, lr=LEARNING_RATE, fused=True),
         progress=False,
     )
-    return params, history
 
 
 def change(errors: Tensor, reference: Tensor) -> Tensor:
@@ -159,7 +158,7 @@ def compare(settings: Settings) -> list[Result]:
 
     def run(method: Method, seed: int, split: digits.Batch, label: str) -> Run:
         wrap = functools.partial(progress.watch, label=f"{label}, {method.name} ({method.setting}), seed {seed}")
-        params, history = train(method, data["train"], seed, settings.steps, wrap)
+        params, _, history = train(method, data["train"], seed, settings.steps, wrap)
         return Run(digits.errors(params, split), history)
 
     try:
@@ -196,8 +195,10 @@ def table(results: list[Result]) -> str:
     overall = [change(r.errors, results[0].errors) for r in results]
     rows.append(["overall", "mean change, %", "0", *(spread(o, "+.1f") for o in overall[1:])])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-             for row in rows]  # fmt: skip
+    lines = []
+    for row in rows:
+        padded = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(padded))
     rule = "-" * len(lines[0])
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 

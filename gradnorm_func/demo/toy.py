@@ -95,7 +95,7 @@ def with_heads(one_head: Any) -> Any:
 
 
 def train(
-    balancer: gn.Balancer,
+    balancer: gn.Balancer[Any, Any],
     loss_fn: Any,
     params: Params,
     batches: Iterable[Batch],
@@ -146,7 +146,7 @@ def main(options: Any) -> None:
     params = init_params(num_tasks, seed)
     plain, uncertain = with_heads(head), with_heads(uncertain_head)
     optimizer = gn.adam(options.weight_lr)
-    methods: dict[str, tuple[gn.Balancer, Any, Params]] = {
+    methods: dict[str, tuple[gn.Balancer[Any, Any], Any, Params]] = {
         "equal weights": (gn.static(), plain, params),
         "uncertainty weighting": (gn.static(), uncertain, params | {LOG_VARIANCES: torch.zeros(num_tasks)}),
         "GradNorm": (gn.gradnorm(alpha=options.alpha, where=W, optimizer=optimizer), plain, params),

@@ -75,12 +75,21 @@ def compare(
     for k, (name, values) in enumerate(read.items()):
         x = np.arange(values.shape[1]) if steps is None else np.asarray(steps, dtype=np.float64)
         low, lower, middle, upper, high = quantiles(values)
-        style = {"color": COLOURS[k], "linestyle": DASHES[k % len(DASHES)]}
+        style: dict[str, Any] = {"color": COLOURS[k], "linestyle": DASHES[k % len(DASHES)]}
         if len(values) > 1:
             edges = (low, high) if band == "range" else (lower, upper)
             ax.fill_between(x, *edges, color=COLOURS[k], alpha=0.2, linewidth=0, label=f"_{name}")
-        ax.plot(x, middle, **style, linewidth=1.8, marker=MARKERS[k], markersize=4.5, label=name,
-                markevery=marked(middle, k / len(read)), zorder=3)  # fmt: skip
+        ax.plot(
+            x,
+            middle,
+            **style,
+            linewidth=1.8,
+            marker=MARKERS[k],
+            markersize=4.5,
+            label=name,
+            markevery=marked(middle, k / len(read)),
+            zorder=3,
+        )
         # A median over the seeds that are left hides those that diverged, so they are counted.
         left = int(np.isfinite(values[:, -1]).sum())
         said = name if left == len(values) else f"{shorten(name)[:14]} ({left}/{len(values)} left)"

@@ -145,12 +145,20 @@ def grad_norms(history: Any, ax: Axes | None = None, *, names: Any = None, smoot
     elif targets is not None:
         for colour, target in zip(COLOURS, targets.T, strict=False):
             # A single step is a dash, for a line of one point is not seen.
-            ax.plot(steps, target, color=colour, linewidth=6, alpha=0.25, zorder=0, label="_target",
-                    marker="_" if len(steps) == 1 else None, markersize=24, markeredgewidth=6)  # fmt: skip
+            ax.plot(
+                steps,
+                target,
+                color=colour,
+                linewidth=6,
+                alpha=0.25,
+                zorder=0,
+                label="_target",
+                marker="_" if len(steps) == 1 else None,
+                markersize=24,
+                markeredgewidth=6,
+            )
     said = "" if targets is None else "\n(pale: its target)"
-    return _course(
-        values, history, ax, names, smooth, rf"gradient norm $G_i = w_i\,\|\nabla_W L_i\|${said}", also=targets
-    )
+    return _course(values, history, ax, names, smooth, rf"gradient norm $G_i = w_i\,\|\nabla_W L_i\|${said}")
 
 
 def _extent(targets: Array) -> tuple[Array, Array]:
@@ -183,7 +191,6 @@ def _course(
     label: str,
     *,
     centre: float | None = None,
-    also: Array | None = None,
 ) -> Axes:
     """What all four have in common."""
     tasks, values = labels(names, values.shape[1], history), running_mean(values, smooth)

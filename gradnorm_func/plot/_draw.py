@@ -84,9 +84,18 @@ def curves(ax: Axes, values: Array, names: Sequence[str], *, log: bool = False, 
     for i in range(count):
         if i in shown:
             k = shown.index(i)
-            ax.plot(x, values[:, i], color=COLOURS[k], linestyle=DASHES[k % len(DASHES)], linewidth=1.6,
-                    marker=MARKERS[k], markersize=4, markevery=marked(values[:, i], k / len(shown)),
-                    label=names[i], zorder=3)  # fmt: skip
+            ax.plot(
+                x,
+                values[:, i],
+                color=COLOURS[k],
+                linestyle=DASHES[k % len(DASHES)],
+                linewidth=1.6,
+                marker=MARKERS[k],
+                markersize=4,
+                markevery=marked(values[:, i], k / len(shown)),
+                label=names[i],
+                zorder=3,
+            )
         else:
             ax.plot(x, values[:, i], color="0.6", linewidth=0.6, alpha=0.6, label=names[i], zorder=1)
     if centre is not None:
@@ -143,10 +152,16 @@ def name_ends(ax: Axes, tags: list[tuple[str, Any, str]], span: tuple[float, flo
     start = 1 - margin + 14 / width
     for at, (_, name, end, colour) in zip(heights, placed, strict=True):
         ax.annotate(
-            name, xy=end, xytext=(start, at), textcoords="axes fraction", va="center", ha="left", fontsize=FONT,
+            name,
+            xy=end,
+            xytext=(start, at),
+            textcoords="axes fraction",
+            va="center",
+            ha="left",
+            fontsize=FONT,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
             arrowprops={"arrowstyle": "-", "shrinkA": 1, "shrinkB": 1, "linewidth": 0.7, "alpha": 0.7, "color": colour},
-        )  # fmt: skip
+        )
     if note:  # where no title can collide with it
         ax.set_xlabel(f"{ax.get_xlabel()}\n({note})")
 

@@ -1,0 +1,90 @@
+"""functional: a module as a pure function of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Concatenate, Literal, TypeAlias, overload
+
+import torch
+from torch import Tensor, nn
+
+from gradnorm_func._tools.substitute import Places
+
+Params: TypeAlias = Mapping[str, Tensor]
+
+
+@overload
+def functional(
+    module: nn.Module, prefix: str = "", *, buffers: Literal[False] = False
+) -> Callable[Concatenate[Params, ...], Any]: ...
+
+
+@overload
+def functional(
+    module: nn.Module, prefix: str = "", *, buffers: Literal[True]
+) -> Callable[Concatenate[Params, ...], tuple[Any, dict[str, Tensor]]]: ...
+
+
+def functional(module: nn.Module, prefix: str = "", *, buffers: bool = False) -> Callable[..., Any]:
+    r"""A module as a pure function of params, the flat dict of `named_parameters()`.
+
+    Args:
+        module: any module: the whole model, or a part of it. It is the same after a call as before it.
+        prefix: the path of `module` inside the model whose parameters `params` holds: `functional(model.trunk,
+            "trunk")` reads the entries "trunk....". "" is the whole model.
+        buffers: True returns (output, new buffers), a dict with prefixed names: what BatchNorm in train mode has
+            computed. Use it as aux. `params` may hold buffers' values under their names, those of the module are
+            used otherwise.
+
+    Returns:
+        A function (params, *args, **kwargs) -> output. Threads that call one module take turns, and activation
+        checkpointing inside the module recomputes on the same `params`.
+
+    Raises:
+        ValueError: if params has no entry for a parameter of the module.
+
+    Example:
+        >>> import torch, gradnorm_func as gn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
+        >>> params = dict(model.named_parameters())
+        >>> first = gn.functional(model[0], "0")
+        >>> first(params, torch.ones(5, 3)).shape
+        torch.Size([5, 2])
+    """
+    places: Places | None = None
+
+    def call(params: Params, *args: Any, **kwargs: Any) -> Any:
+        nonlocal places
+        if torch.compiler.is_compiling():
+            out, new_buffers = _traced(module, prefix, params, args, kwargs)
+        else:
+            if places is None or not places.fit():
+                places = Places(module, prefix)
+            values = _look_up(params, places.names, prefix)
+            out, new_buffers = places.call(values, params, args, kwargs)
+        return (out, new_buffers) if buffers else out
+
+    return call
+
+
+def _traced(
+    module: nn.Module, prefix: str, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Tensor]]:
+    """The same by torch's own function, which a compiler can read."""
+    dot = f"{prefix}." if prefix else ""
+    names = [name for name, _ in module.named_parameters()]
+    buffers = {name: params.get(dot + name, buffer).clone() for name, buffer in module.named_buffers()}
+    values = _look_up(params, [dot + name for name in names], prefix)
+    tensors = dict(zip(names, values, strict=True)) | buffers
+    out = torch.func.functional_call(module, tensors, args, kwargs)
+    return out, {dot + name: tensors[name] for name in buffers}
+
+
+def _look_up(params: Params, names: list[str], prefix: str) -> list[Tensor]:
+    try:
+        return [params[name] for name in names]
+    except KeyError as error:
+        raise ValueError(
+            f"params has no {error.args[0]!r}: give dict(model.named_parameters()), and as prefix= the path of the "
+            f"part in the model (prefix={prefix!r} now)"
+        ) from None

@@ -1,0 +1,185 @@
+"""Other tensors in the place of a module's parameters and buffers while a function runs, in eager mode.
+
+`torch.func.functional_call` does that too, but more slowly, and it leaves two cases wrong:
+
+- two threads that call one module with different parameters: here they take turns;
+- activation checkpointing inside the module: the backward pass repeats a part of the forward pass, after the call, when
+  the module has its own parameters back, and autograd silently mixes the two sets. Here the repetition runs on the
+  parameters of the call.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils import checkpoint
+
+
+class Place(NamedTuple):
+    """One place in which a module looks a tensor up; a tied tensor has several, under one name."""
+
+    holder: MutableMapping[str, Any]  # `_parameters` or `_buffers` of a part of the module
+    key: str
+    name: str  # in params; "" for a buffer that is None
+
+
+class Places:
+    """All places of a module and its parts: first those of the parameters, then those of the buffers."""
+
+    def __init__(self, module: nn.Module, prefix: str) -> None:
+        _follow_checkpoints()
+        dot = f"{prefix}." if prefix else ""
+        parts = list(module.modules())
+        self.module = module
+        if any(kind.__name__ == "FSDPModule" for part in parts for kind in type(part).__mro__):
+            name = next((name for name, _ in module.named_parameters()), "")
+            raise ValueError(
+                f"params[{dot + name!r}] is a DTensor that FSDP2 gathers by hooks of the module, which a function of "
+                "params cannot do, under implicit_replication() neither: keep that module under plain autograd, with "
+                "gn.fork and gn.measure_losses"
+            )
+        self.children = [part._modules for part in parts]
+        self.holders = [holder for part in parts for holder in (part._parameters, part._buffers)]
+        self.structure = self._structure()
+        self.turn = _Turn(parts)
+        with self.turn:  # another thread may have put its tensors there
+            parameters = _places(self.holders[::2], module.named_parameters(), dot)
+            self.names = [place.name for place in parameters if place.name]
+            self.buffers = _places(self.holders[1::2], module.named_buffers(), dot)
+        self.pairs = [place[:2] for place in (*(place for place in parameters if place.name), *self.buffers)]
+
+    def _structure(self) -> list[Any]:
+        parts = [part for children in self.children for part in children.values()]
+        return [*parts, *itertools.chain.from_iterable(self.holders)]
+
+    def fit(self) -> bool:
+        """Whether the module still has the parts, parameters and buffers that it had."""
+        return self._structure() == self.structure
+
+    def read(self) -> list[Any]:
+        """The tensors in their places."""
+        return [holder[key] for holder, key in self.pairs]
+
+    def fill(self, tensors: list[Any]) -> None:
+        """Puts tensors in their places."""
+        for (holder, key), tensor in zip(self.pairs, tensors, strict=True):
+            holder[key] = tensor
+
+    def call(
+        self, parameters: list[Tensor], buffers: Mapping[str, Tensor], args: Any, kwargs: Any
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """The module's output, and what it left in its buffers, by name.
+
+        `parameters` has one tensor for each of `names`; where `buffers` has none, the module's own buffer is used.
+        """
+        with self.turn:
+            values = [buffers.get(name, holder[key]) for holder, key, name in self.buffers]
+            return Substitution(self, parameters, values).run(self.module, args, kwargs)
+
+
+class Substitution:
+    """Tensors for the places of a module: functions can be run with them there, more than once."""
+
+    def __init__(self, places: Places, parameters: list[Tensor], buffers: list[Tensor | None]) -> None:
+        self.places = places
+        self.parameters = parameters
+        self.buffers = buffers
+        self.running = False
+
+    def run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+        """The output of a function, and what it left in the buffers, by name; whoever calls this has the turn."""
+        places, outer, was_running = self.places, _thread.active, self.running
+        before = places.read()
+        # Clones, for a module may write to its buffers, as batch norm does; one for tied ones.
+        clones = {id(buffer): buffer.clone() for buffer in self.buffers if buffer is not None}
+        try:
+            places.fill([*self.parameters, *(clones.get(id(buffer)) for buffer in self.buffers)])
+            _thread.active, self.running = (*outer, self), True
+            out = function(*args, **kwargs)
+            return out, {name: holder[key] for holder, key, name in places.buffers if name}
+        finally:
+            _thread.active, self.running = outer, was_running
+            places.fill(before)
+
+    def repeat(self, function: Callable[..., Any], *args: Any) -> Any:
+        """The output of a function that the backward pass repeats."""
+        # A backward pass within the call, as of forces from an energy, may have a thread of its own (on a GPU it has),
+        # and the thread that has the turn waits for it.
+        with nullcontext() if self.running else self.places.turn:
+            return self.run(function, args, {})[0]
+
+
+def _places(holders: list[Any], named: Iterable[tuple[str, Tensor]], dot: str) -> list[Place]:
+    names = {id(tensor): dot + name for name, tensor in named}
+    return [Place(holder, key, names.get(id(leaf), "")) for holder in holders for key, leaf in holder.items()]
+
+
+class _Turn:
+    """A lock that modules share if they share a part."""
+
+    def __init__(self, parts: Iterable[nn.Module]) -> None:
+        with _registry:
+            new = threading.RLock()
+            # In one order everywhere, so that no two threads wait for each other.
+            self.locks = sorted({_locks.setdefault(part, new) for part in parts}, key=id)
+
+    def __enter__(self) -> None:
+        for lock in self.locks:
+            lock.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        for lock in self.locks:
+            lock.release()
+
+
+class _Thread(threading.local):
+    active: tuple[Substitution, ...] = ()  # the outermost first
+
+
+_thread = _Thread()
+_registry = threading.Lock()
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+
+
+@functools.cache
+def _follow_checkpoints() -> None:
+    """What torch.utils.checkpoint repeats is to run under the substitutions that it was first run under.
+
+    There is no public way to ask for this. The two classes that remember the function to repeat get it as their first
+    argument, and are given it bound to the substitutions; where there are none, nothing is changed.
+    """
+    for name, method in (("_CheckpointFrame", "__init__"), ("CheckpointFunction", "forward")):
+        owner = getattr(checkpoint, name, None)
+        if owner is None:
+            warnings.warn(
+                f"torch {torch.__version__} has no torch.utils.checkpoint.{name}: activation checkpointing inside "
+                "a module called by gn.functional will recompute with the module's own parameters, not with params",
+                stacklevel=2,
+            )
+        else:
+            setattr(owner, method, _substituted(getattr(owner, method)))
+
+
+def _substituted(remember: Callable[..., Any]) -> Callable[..., Any]:
+    def remember_substituted(frame: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        again = functools.partial(_repeat, _thread.active, function) if _thread.active else function
+        return remember(frame, again, *args, **kwargs)
+
+    return remember_substituted
+
+
+def _repeat(active: tuple[Substitution, ...], function: Callable[..., Any], *args: Any) -> Any:
+    if _thread.active == active:  # a reentrant checkpoint runs its function through this in the forward pass, too
+        return function(*args)
+    for substitution in reversed(active):
+        function = functools.partial(substitution.repeat, function)
+    return function(*args)
