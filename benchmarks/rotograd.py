@@ -66,12 +66,12 @@ def ours(tasks: int, d: int, batch: int, compiled: bool, **hyper: object) -> Cal
     trunk, heads, x, y = model(tasks, d, batch)
     values, loss_fn = seam(trunk, heads)
     method = gn.rotograd(d, **hyper)
-    held = [method.init(tasks, rotations=gn.random_rotations(tasks, d))]
+    states = [method.init(tasks, rotations=gn.random_rotations(tasks, d))]
     step = lambda state, params, data: method.grad(state, params, loss_fn, data)
     step = torch.compile(step, fullgraph=True) if compiled else step
 
     def run() -> None:
-        _, held[0], _ = step(held[0], values, (x, y))
+        _, states[0], _ = step(states[0], values, (x, y))
 
     return run
 
@@ -80,16 +80,14 @@ def package(tasks: int, d: int, batch: int) -> Callable | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # This script has the package's name and its folder comes first on the path.
-        here, sys.path[:] = (
-            list(sys.path),
-            [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent],
-        )
+        folders = list(sys.path)
+        sys.path[:] = [p for p in folders if Path(p).resolve() != Path(__file__).resolve().parent]
         try:
             import rotograd
         except ImportError:
             return None
         finally:
-            sys.path[:] = here
+            sys.path[:] = folders
     trunk, heads, x, y = model(tasks, d, batch)
     roto = rotograd.RotoGrad(trunk, heads, d)
     roto.train()
@@ -148,13 +146,13 @@ def main() -> None:
         published = package(tasks, d, batch)
         if published is not None:
             runs["package 0.1.6"] = published
-        found = medians(runs, args.rounds, clock)
-        reference = found.get("package 0.1.6")
+        times = medians(runs, args.rounds, clock)
+        reference = times.get("package 0.1.6")
         print(f"\nT={tasks} d={d} batch={batch}")
         print(f"{'':28}{'ms':>8}{'/ plain eager':>15}{'/ plain compiled':>18}{'package / this':>16}")
-        for name, ms in found.items():
+        for name, ms in times.items():
             against = f"{reference / ms:16.2f}" if reference else f"{'-':>16}"
-            print(f"{name:28}{ms:8.2f}{ms / found['plain eager']:15.2f}{ms / found['plain compiled']:18.2f}{against}")
+            print(f"{name:28}{ms:8.2f}{ms / times['plain eager']:15.2f}{ms / times['plain compiled']:18.2f}{against}")
 
 
 if __name__ == "__main__":
