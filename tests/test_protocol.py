@@ -237,7 +237,11 @@ def test_in_between_a_step_is_a_plain_one(name, mode):
     assert len(passes) == parts
 
 
-@pytest.mark.parametrize(("name", "masked"), [*((name, True) for name in TURNS), ("gradnorm-adam", False)])
+# One of each kind: what it needs, and whether its weights are of the same step. Turns are no affair of the rules.
+KINDS = ["gradnorm-adam", "fixed-ratio", "mgda", "ntk", "uncertainty", "rlw"]
+
+
+@pytest.mark.parametrize(("name", "masked"), [*((name, True) for name in KINDS), ("gradnorm-adam", False)])
 def test_compiled_turns_equal_eager_ones(name, masked):
     """One graph measures always; what it reports of the steps in between is what an eager step knows of them."""
     problem, balancer = make_problem(), BALANCERS[name](None, every=2)
