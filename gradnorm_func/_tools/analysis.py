@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack, overload
 
 from torch import Tensor
 
@@ -11,6 +11,30 @@ from gradnorm_func._core.numerics import cosines
 from gradnorm_func._core.tree import Tensors, Where
 from gradnorm_func._measure.measure import as_tree, named_losses, run_engine
 from gradnorm_func._measure.plan import EngineOptions, plan_of
+
+
+@overload
+def task_grads(
+    loss_fn: LossFn,
+    params: Tensors,
+    batch: Any,
+    *,
+    where: Where = None,
+    has_aux: Literal[False] = False,
+    **options: Unpack[EngineOptions],
+) -> tuple[Any, Any]: ...
+
+
+@overload
+def task_grads(
+    loss_fn: LossFn,
+    params: Tensors,
+    batch: Any,
+    *,
+    where: Where = None,
+    has_aux: Literal[True],
+    **options: Unpack[EngineOptions],
+) -> tuple[Any, Any, Any]: ...
 
 
 def task_grads(
