@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/gradinit_training.py [--nets residual post-ln plain] [--seeds 5] [--steps 200]
 
-About five minutes for the two nets of the default; `benchmarks/gradinit_training.md` holds the tables.
+About seven minutes for the two nets of the default, on a core of its own. The table is in
+`benchmarks/gradinit_training.md`.
 
 scikit-learn's 8x8 digits; SGD at six learning rates and Adam at five. All seeds and all learning rates train at once
 under `vmap`; a seed has the same first parameters and the same batches with both initialisations. The validation split

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/rotograd_digits.py [--seeds 5] [--steps 500] [--alpha 0.12]
 
-About a minute and a half; `benchmarks/rotograd_digits.md` holds the table.
+About a minute and a half on a core of its own; `benchmarks/rotograd_digits.md` holds the table.
 
 The data, the model and the first two methods are the demo's. Nothing is tuned. RotoGrad's two methods divide the losses
 by L(0), as in the paper; their rotations are folded into the heads before the test.

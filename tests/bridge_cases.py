@@ -363,7 +363,7 @@ def sharded(rank: int, ranks: int) -> dict[str, Any]:
     loss_fn = functional_loss(module, linear=False)
     fully_shard(module["trunk"], mesh=mesh)
     try:
-        gn.measure(dict(module.named_parameters()), loss_fn, batch)
+        gn.measure(dict(module.named_parameters()), loss_fn, batch, where="last.weight")
     except ValueError as error:
         found["fsdp"] = str(error)
     tp = make_model()

@@ -15,6 +15,7 @@ class Problem(NamedTuple):
     batch: tuple  # x (B, 5), y (B, T)
     general: Any  # the loss as one function
     seam: Any  # the same loss with its seam visible
+    separable: Any  # and with nothing shared but the parameters
     where: str = "trunk.1.weight"
 
 
@@ -55,18 +56,28 @@ def make_problem(seed=0, num_tasks=3, dtype=torch.float64):
         {name: bind(task) for task, name in enumerate(names)},
         last_shared=gn.shared_linear("trunk.1.weight", "trunk.1.bias", torch.tanh),
     )
-    return Problem(make_params(seed, num_tasks, dtype), make_batch(seed, num_tasks, dtype), general, seam)
+
+    def alone(task):
+        def loss(params, batch):
+            h = first_layer(params, batch)
+            z = torch.tanh(h @ params["trunk.1.weight"].T + params["trunk.1.bias"])
+            return _head(task, params, z, batch)
+
+        return loss
+
+    separable = gn.multi_task_loss(None, {name: alone(task) for task, name in enumerate(names)})
+    return Problem(make_params(seed, num_tasks, dtype), make_batch(seed, num_tasks, dtype), general, seam, separable)
 
 
 # The balancer that the docstring of gn.balancer writes.
 
 
-def inverse_norm(mix=0.1, where=None):
+def inverse_norm(mix=0.1, where=None, **options):
     def rule(state, seen):
         inverse = 1 / seen.norms
         return torch.lerp(state.weights, inverse / seen.mean(inverse), mix), ()
 
-    return gn.balancer(rule, where=where)
+    return gn.balancer(rule, where=where, **options)
 
 
 def residual_at(task):
@@ -85,20 +96,22 @@ def ntk(num_tasks=3, **options):
     return gn.ntk(residuals, points=lambda batch: dict.fromkeys(residuals, batch), **options)
 
 
-# name -> a function of `where` that makes the balancer
+# The one table: name -> a function of `where`, and of options that all share, that makes the balancer.
 BALANCERS = {
-    "gradnorm-adam": lambda where: gn.gradnorm(where=where, alpha=0.5),
-    "gradnorm-sgd": lambda where: gn.gradnorm(where=where, alpha=0.5, optimizer=gn.sgd(0.01)),
-    "gradnorm-log": lambda where: gn.gradnorm(where=where, alpha=0.5, log_space=True),
-    "fixed-ratio": lambda where: gn.fixed_ratio([1.0, 2.0, 3.0], where=where, decay=0.9),
-    "fixed-ratio-whole": lambda where: gn.fixed_ratio(where=where, per_example=False, decay=0.9, budget=2.0),
-    "equal-norms": lambda where: gn.equal_norms(where=where, momentum=0.6, every=2),
-    "ntk": lambda where: ntk(momentum=0.6),
-    "static": lambda where: gn.static([0.5, 1.0, 2.0], where=where, norms=True),
-    "uncertainty": lambda where: gn.uncertainty(),
-    "rlw": lambda where: gn.rlw(),
-    "mgda": lambda where: gn.mgda(where=where),
-    "user": lambda where: inverse_norm(where=where),
+    "gradnorm-adam": lambda where, **more: gn.gradnorm(where=where, alpha=0.5, **more),
+    "gradnorm-sgd": lambda where, **more: gn.gradnorm(where=where, alpha=0.5, optimizer=gn.sgd(0.01), **more),
+    "gradnorm-log": lambda where, **more: gn.gradnorm(where=where, alpha=0.5, log_space=True, **more),
+    "fixed-ratio": lambda where, **more: gn.fixed_ratio([1.0, 2.0, 3.0], where=where, decay=0.9, **more),
+    "fixed-ratio-whole": lambda where, **more: gn.fixed_ratio(
+        where=where, per_example=False, decay=0.9, budget=2.0, **more
+    ),
+    "equal-norms": lambda where, **more: gn.equal_norms(where=where, momentum=0.6, **{"every": 2, **more}),
+    "ntk": lambda where, **more: ntk(momentum=0.6, **more),
+    "static": lambda where, **more: gn.static([0.5, 1.0, 2.0], where=where, norms=True, **more),
+    "uncertainty": lambda where, **more: gn.uncertainty(**more),
+    "rlw": lambda where, **more: gn.rlw(**more),
+    "mgda": lambda where, **more: gn.mgda(where=where, **more),
+    "user": lambda where, **more: inverse_norm(where=where, **more),
 }
 
 

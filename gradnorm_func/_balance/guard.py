@@ -68,7 +68,8 @@ class Guarded(NamedTuple):
                     info = choose(turn, info, method.report(state, unmeasured))
             info = info._replace(finite=ok)
             if active is not None:
-                info = info._replace(losses=raw.losses, grad_norms=raw.norms)
+                norms = torch.where(turn, raw.norms, torch.nan) if isinstance(turn, Tensor) else raw.norms
+                info = info._replace(losses=raw.losses, grad_norms=norms)
             if update is False:
                 return state, info
             ok = accepted(ok, active, update)

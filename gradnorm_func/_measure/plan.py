@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
@@ -20,6 +20,13 @@ Needs: TypeAlias = Literal["losses", "norms", "example_norms", "gramian"]
 Heads: TypeAlias = Literal["weighted", "own"]
 # This step's weights from this step's stats, (T,), and anything else that is to come out of the pass.
 Rule: TypeAlias = Callable[[TaskStats], tuple[Tensor, Any]]
+
+
+class EngineOptions(TypedDict, total=False):
+    """How task gradients are pulled back: all at once, at most some at a time, or one by one."""
+
+    vectorize: bool
+    chunk_size: int | None
 
 
 class Measured(NamedTuple):

@@ -33,7 +33,8 @@ def seam(plan: Plan, crossing_of: Callable[[Plan], Crossing] = Weighted) -> Meas
     crossing = crossing_of(plan)
     seeds = crossing.seeds(losses)
 
-    grads, z_grads, w_grads = heads.pull(seeds, last=False)
+    once = not callable(plan.weights) or plan.heads == "own"  # a rule's weights send the heads back once more
+    grads, z_grads, w_grads = heads.pull(seeds, last=once)
     crossed = crossing.cross(trunk, AtZ(losses, seeds, z_grads, heads.w_indices, w_grads))
     stats = crossed.stats
     if crossed.cotangents is not None:
@@ -110,10 +111,10 @@ def _heads(plan: Plan, loss: MultiTaskLoss, trunk: Trunk, crossing: Crossing) ->
     def record(inputs: list[Tensor]) -> tuple[list[Tensor], Any]:
         leaves = tree.replace(plan.leaves, indices, inputs[: len(indices)])
         copies = inputs[len(indices) :]  # leaf by leaf of z, then of W; T of each
-        outs = []
+        shared, outs = plan.params(leaves), []
         for i, head in enumerate(loss.functions):
             of_task = copies[i::count]
-            params = plan.params(tree.replace(leaves, w_indices, of_task[len(z) :]))
+            params = plan.params(tree.replace(leaves, w_indices, of_task[len(z) :])) if w_indices else shared
             out = head(params, tree.unflatten(trunk.z_treedef, of_task[: len(z)]), plan.batch)
             outs.append(split_aux(out, plan.has_aux, "a head"))
         losses = task_vector(loss.structure([value for value, _ in outs]))

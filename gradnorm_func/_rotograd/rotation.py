@@ -100,7 +100,7 @@ def random_rotations(
         device: where they live.
 
     Returns:
-        (T, m, m), for `gn.rotograd(...).init(T, rotations=...)`.
+        (T, m, m), for `gn.rotograd(m).init(T, rotations=...)`.
 
     Example:
         >>> import torch, gradnorm_func as gn

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Unpack
 
 from torch import Tensor
 
@@ -10,33 +10,7 @@ from gradnorm_func._core.loss import LossFn
 from gradnorm_func._core.numerics import cosines
 from gradnorm_func._core.tree import Tensors, Where
 from gradnorm_func._measure.measure import as_tree, named_losses, run_engine
-from gradnorm_func._measure.plan import plan_of
-
-
-@overload
-def task_grads(
-    loss_fn: LossFn,
-    params: Tensors,
-    batch: Any,
-    *,
-    where: Where = None,
-    has_aux: Literal[False] = False,
-    vectorize: bool = True,
-    chunk_size: int | None = None,
-) -> tuple[Any, Any]: ...
-
-
-@overload
-def task_grads(
-    loss_fn: LossFn,
-    params: Tensors,
-    batch: Any,
-    *,
-    where: Where = None,
-    has_aux: Literal[True],
-    vectorize: bool = True,
-    chunk_size: int | None = None,
-) -> tuple[Any, Any, Any]: ...
+from gradnorm_func._measure.plan import EngineOptions, plan_of
 
 
 def task_grads(
@@ -46,9 +20,8 @@ def task_grads(
     *,
     where: Where = None,
     has_aux: bool = False,
-    vectorize: bool = True,
-    chunk_size: int | None = None,
-) -> Any:
+    **options: Unpack[EngineOptions],
+) -> tuple[Any, ...]:
     r"""The losses and every task's gradient at W, :math:`\nabla_W L_i`, in one vectorised pass.
 
     Args:
@@ -70,8 +43,7 @@ def task_grads(
         tensor([[3., 4.],
                 [2., 4.]])
     """
-    options: dict[str, Any] = {"has_aux": has_aux, "vectorize": vectorize, "chunk_size": chunk_size}
-    plan = plan_of(params, loss_fn, batch, where, None, "norms", task_grads=True, **options)
+    plan = plan_of(params, loss_fn, batch, where, None, "norms", task_grads=True, has_aux=has_aux, **options)
     measured = run_engine(plan)
     grads = as_tree(plan, measured)
     return (named_losses(plan, measured), grads, measured.aux) if has_aux else (named_losses(plan, measured), grads)
@@ -84,8 +56,7 @@ def task_grad_norms(
     *,
     where: Where = None,
     has_aux: bool = False,
-    vectorize: bool = True,
-    chunk_size: int | None = None,
+    **options: Unpack[EngineOptions],
 ) -> Tensor:
     r"""Every task's gradient norm at W, :math:`\|\nabla_W L_i\|_2`, unweighted.
 
@@ -105,8 +76,8 @@ def task_grad_norms(
         >>> gn.task_grad_norms(loss_fn, torch.ones(2), 2.0)
         tensor([10.,  0.])
     """
-    options = {"has_aux": has_aux, "vectorize": vectorize, "chunk_size": chunk_size}
-    norms: Tensor = run_engine(plan_of(params, loss_fn, batch, where, None, "norms", **options)).stats.grad_norms
+    plan = plan_of(params, loss_fn, batch, where, None, "norms", has_aux=has_aux, **options)
+    norms: Tensor = run_engine(plan).stats.grad_norms
     return norms
 
 
@@ -117,8 +88,7 @@ def task_gramian(
     *,
     where: Where = None,
     has_aux: bool = False,
-    vectorize: bool = True,
-    chunk_size: int | None = None,
+    **options: Unpack[EngineOptions],
 ) -> Tensor:
     r"""The Gramian of the task gradients at W, :math:`M_{ij} = \langle \nabla_W L_i, \nabla_W L_j \rangle`.
 
@@ -139,8 +109,8 @@ def task_gramian(
         tensor([[1., 1.],
                 [1., 2.]])
     """
-    options: dict[str, Any] = {"has_aux": has_aux, "vectorize": vectorize, "chunk_size": chunk_size}
-    gramian: Tensor = run_engine(plan_of(params, loss_fn, batch, where, None, "gramian", **options)).stats.gramian
+    plan = plan_of(params, loss_fn, batch, where, None, "gramian", has_aux=has_aux, **options)
+    gramian: Tensor = run_engine(plan).stats.gramian
     return gramian
 
 
@@ -151,8 +121,7 @@ def task_cosine_similarity(
     *,
     where: Where = None,
     has_aux: bool = False,
-    vectorize: bool = True,
-    chunk_size: int | None = None,
+    **options: Unpack[EngineOptions],
 ) -> Tensor:
     r"""Cosines between the task gradients at W; a negative one is a conflict.
 
@@ -173,7 +142,4 @@ def task_cosine_similarity(
         tensor([[ 1., -1.],
                 [-1.,  1.]])
     """
-    gram = task_gramian(
-        loss_fn, params, batch, where=where, has_aux=has_aux, vectorize=vectorize, chunk_size=chunk_size
-    )
-    return cosines(gram)
+    return cosines(task_gramian(loss_fn, params, batch, where=where, has_aux=has_aux, **options))

@@ -41,20 +41,10 @@ class BalancedTrainer(Trainer):
 
 def train(out, checkpoint=None):
     # The Trainer's own find_unused_parameters=True would make DDP hand out other tensors than the copies.
-    args = TrainingArguments(
-        out,
-        use_cpu=True,
-        gradient_accumulation_steps=2,
-        num_train_epochs=1,
-        save_steps=10,
-        ddp_find_unused_parameters=False,
-        max_grad_norm=0.0,
-        lr_scheduler_type="constant",
-        report_to="none",
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-    )
+    options = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "lr_scheduler_type": "constant"}
+    options |= {"train_sampling_strategy": "sequential", "remove_unused_columns": False, "max_grad_norm": 0.0}
+    options |= {"gradient_accumulation_steps": 2, "num_train_epochs": 1, "save_steps": 10}
+    args = TrainingArguments(out, ddp_find_unused_parameters=False, **options)
     args.per_device_train_batch_size = BATCH // (2 * args.world_size)
     optimizers = torch.optim.SGD((model := Model()).parameters(), lr=1e-3, momentum=0.9), None
     trainer = BalancedTrainer(model, args, default_collate, dataset(), optimizers=optimizers)
