@@ -33,6 +33,7 @@ ROTATIONS = {
     "rotograd-none": {"scale": "none", "normalize": True, "moving": False, "map": "exp"},
     "rotogradnorm-0.1.6": {"scale": "gradnorm", "form": "0.1.6", "alpha": 0.5, "normalize": True, "burn_in": 3},
     "rotograd-cooperative": {"scale": "none", "form": "0.1.2", "cooperative": 2},
+    "rotograd-every-2": {"every": 2, "burn_in": 3},
 }
 
 

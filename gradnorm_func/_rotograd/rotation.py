@@ -131,11 +131,11 @@ class Layout(NamedTuple):
 
     def leaf(self, leaves: list[Tensor], treedef: object) -> int:
         """The leaf of z that is rotated."""
+        if self.path is None and len(leaves) == 1:
+            return 0
         names = tree.paths(tree.unflatten(treedef, leaves))
         if self.path is None:
-            if len(leaves) != 1:
-                raise ValueError(f"z has {len(leaves)} tensors, {names}: say which one to rotate, with rotate=")
-            return 0
+            raise ValueError(f"z has {len(leaves)} tensors, {names}: say which one to rotate, with rotate=")
         if self.path not in names:
             raise ValueError(f"rotate={self.path!r} is no tensor of z; they are {names}")
         return names.index(self.path)
@@ -168,28 +168,31 @@ class Layout(NamedTuple):
     def spread(self, z: Tensor, rotations: Tensor) -> Tensor:
         """(T, *z.shape): R_k z for every task."""
         n, d, p = self.blocks(z)
-        x, rest = self._parts(z.reshape(n, d, p))
+        x, rest = self._parts(z.reshape(n, d, p))  # (n, m, p), (n, d - m, p)
         turned = x[..., 0] @ rotations.mT if p == 1 else torch.einsum("kij,njp->knip", rotations, x)
         return self._join(turned, rest).reshape(-1, *z.shape)
 
     def back(self, r: Tensor, rotations: Tensor) -> Tensor:
         """(T, *z.shape): R_kᵀ r_k for every task."""
         n, d, p = self.blocks(r[0])
-        x, rest = self._parts(r.reshape(-1, n, d, p))
+        x, rest = self._parts(r.reshape(-1, n, d, p))  # (T, n, m, p), (T, n, d - m, p)
         turned = x[..., 0] @ rotations if p == 1 else torch.einsum("kij,knip->knjp", rotations, x)
         return self._join(turned, rest).reshape(r.shape)
 
     def moments(self, left: Tensor, right: Tensor) -> Tensor:
         """(T, m, m) Σ_n x_{k,n} y_nᵀ, of x (T, *z.shape) and y (*z.shape), over examples and trailing positions."""
         n, d, p = self.blocks(right)
-        x, y = self._parts(left.reshape(-1, n, d, p))[0], self._parts(right.reshape(n, d, p))[0]
+        x = self._parts(left.reshape(-1, n, d, p))[0]  # (T, n, m, p)
+        y = self._parts(right.reshape(n, d, p))[0]  # (n, m, p)
         return x[..., 0].mT @ y[..., 0] if p == 1 else torch.einsum("knip,njp->kij", x, y)
 
     def _parts(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x (..., d, p): the m rotated features, and the rest of them, if there is any."""
         m = self.size
         return (x, None) if x.shape[-2] == m else (x[..., :m, :], x[..., m:, :])
 
     def _join(self, turned: Tensor, rest: Tensor | None) -> Tensor:
+        """(T, n, d, p) of the two, the first being (T, n, m) or (T, n, m, p)."""
         if rest is None:
             return turned
         turned = turned.unsqueeze(-1) if turned.ndim < 4 else turned
@@ -203,10 +206,7 @@ def _inverse(matrix: Tensor) -> Tensor:
     """
     size = matrix.shape[-1]
     if size <= 16:
-        # What linalg.inv_ex does, in half the time: it looks at its input, and at the result.
-        factors, pivots, _ = torch.linalg.lu_factor_ex(matrix)
-        eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-        inverse: Tensor = torch.linalg.lu_solve(factors, pivots, eye.expand_as(matrix))
+        inverse: Tensor = torch.linalg.inv_ex(matrix).inverse  # `inv` would wait for the device to report
         return inverse
     h = size // 2
     a, b = matrix[..., :h, :h], matrix[..., :h, h:]

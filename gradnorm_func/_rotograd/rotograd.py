@@ -174,8 +174,7 @@ class Rotating(NamedTuple):
         measured = run_engine(plan, partial(seam, crossing_of=crossing))
         stats: RotoGradStats = measured.stats
         grads = plan.params(stats.grads) if isinstance(stats.grads, list) else ()
-        count = torch.as_tensor(1.0 if examples is None else examples)
-        return Pass(stats._replace(grads=grads, num_examples=count), measured.aux)
+        return Pass(stats._replace(grads=grads, num_examples=1.0 if examples is None else examples), measured.aux)
 
     def decide(self, state: RotoGradState, stats: RotoGradStats, job: Job) -> tuple[RotoGradFactors, tuple[()]]:
         """The factors of the whole; rotations are left to `balance`."""
