@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import time
 
 import pytest
 import torch
@@ -72,6 +73,38 @@ def test_it_goes_on_from_a_state():
     assert same_bits((rest, state), (whole, whole_state))
 
 
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD])
+def test_it_goes_on_bit_for_bit(kind, tmp_path):
+    """By its documented use; dropout in the loss draws what it would have drawn, and the bar changes nothing."""
+    problem = make_problem()
+    loss_fn = lambda params, batch: problem.seam(params, (torch.nn.functional.dropout(batch[0], 0.2), batch[1]))
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    run = functools.partial(gn.train, loss_fn=loss_fn, optimizer=functools.partial(kind, lr=0.02, **options))
+    frozen = {name: leaf.requires_grad_(name != "trunk.0") for name, leaf in problem.params.items()}
+    torch.manual_seed(5)
+    whole = run(frozen, batches=BATCHES)
+    torch.manual_seed(5)
+    half = run(frozen, batches=BATCHES[:3])
+    torch.save({"optimizer": half.optimizer_state, "state": gn.state_dict(half.state)}, tmp_path / "half.pt")
+    saved = torch.load(tmp_path / "half.pt", weights_only=True)
+    random = torch.get_rng_state()
+    for progress in (None, True):  # twice: going on writes to nothing that it was given
+        torch.set_rng_state(random)
+        rest = run(
+            half.params,
+            batches=BATCHES[3:],
+            state=gn.load_state(half.state, saved["state"]),
+            optimizer_state=half.optimizer_state if progress else saved["optimizer"],
+            progress=progress,
+        )
+        assert same_bits((rest.params, rest.state), (whole.params, whole.state))
+        assert same_bits(rest.optimizer_state, whole.optimizer_state)
+    assert torch.equal(rest.params["trunk.0"], frozen["trunk.0"])
+    assert not same_bits(half.params, whole.params)
+    fresh = run(half.params, batches=BATCHES[3:], state=half.state)
+    assert not same_bits(fresh.params, whole.params), "a fresh optimizer has forgotten its moments"
+
+
 @pytest.mark.parametrize("at", [0, 2, 5])
 @pytest.mark.parametrize("name", ["gradnorm-adam", "gradnorm-log", "fixed-ratio", "static"])
 def test_a_nan_batch_is_skipped(name, at):
@@ -137,7 +170,8 @@ def test_progress_with_and_without_tqdm(installed, monkeypatch, capsys):
     else:
         monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     problem = make_problem()
-    shown = gn.train(problem.params, problem.seam, BATCHES, progress=True)
+    slow = (time.sleep(0.05) or batch for batch in BATCHES)  # or the bar is drawn once only
+    shown = gn.train(problem.params, problem.seam, slow, progress=True)
     said = capsys.readouterr().err
     assert ("train" in said) == installed
     assert ("t2=" in said) == installed, "each task's loss and weight"
@@ -150,6 +184,20 @@ def test_the_users_own_balancer_trains():
     _, state, history, _ = gn.train(problem.params, problem.seam, BATCHES, balancer=inverse_norm(0.5), progress=False)
     assert history.weights.shape == (6, 3)
     assert state.weights.dtype == F64
+
+
+def test_what_is_no_function_to_an_optimizer_is_an_error():
+    model = torch.nn.Linear(2, 1)
+    params, loss_fn = dict(model.named_parameters()), lambda params, x: [params["weight"].sum(), params["bias"].sum()]
+    for optimizer, message in [
+        (torch.optim.Adam(model.parameters()), r"optimizer=Adam must be a function.*copies of params: functools.part"),
+        (gn.adam(0.1), r"optimizer=Optimizer must be a function"),
+        (lambda leaves: leaves, r"optimizer returned list: it must be"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            gn.train(params, loss_fn, [None], optimizer=optimizer)
+    with pytest.raises(ValueError, match="params"):
+        gn.train(model, loss_fn, [None])
 
 
 def test_no_batches_is_an_error():
