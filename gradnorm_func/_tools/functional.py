@@ -102,6 +102,11 @@ def _look_up(params: Params, names: list[str], prefix: str) -> list[Tensor]:
                 f"params={type(params).__name__}: the function of a module takes the dict of its parameters first, "
                 "dict(model.named_parameters()), and then what the module takes"
             ) from None
+        if any("_orig_mod." in name for name in params):
+            raise ValueError(
+                f"params has no {error.args[0]!r}: a part that is compiled on its own cannot stand inside of a compiled "
+                "step, where it has other names; take one torch.compile away"
+            ) from None
         raise ValueError(
             f"params has no {error.args[0]!r}: give dict(model.named_parameters()), and as prefix= the path of the "
             f"part in the model (prefix={prefix!r} now). A parameter that is tied to one of another part is there "
