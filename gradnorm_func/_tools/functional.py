@@ -104,7 +104,7 @@ def _look_up(params: Params, names: list[str], prefix: str) -> list[Tensor]:
             ) from None
         if any("_orig_mod." in name for name in params):
             raise ValueError(
-                f"params has no {error.args[0]!r}: a part that is compiled on its own cannot stand inside of a compiled "
+                f"params has no {error.args[0]!r}: a part that is compiled on its own cannot stand in a compiled "
                 "step, where it has other names; take one torch.compile away"
             ) from None
         raise ValueError(
