@@ -135,6 +135,10 @@ class Simple(NamedTuple):
         if tree.flatten(expected)[1] != tree.flatten(state.memory)[1]:
             raise ValueError("the state was made by another balancer, for its memory is not this one's: use init(T)")
 
+    def applied(self, state: State) -> Tensor:
+        """The weights from before the step."""
+        return state.weights
+
     def step(self, state: State, seen: Seen) -> tuple[State, Info]:
         """The rule, once."""
         weights, memory = self.rule(state, seen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -34,6 +35,9 @@ class Method(Protocol):
     def check(self, state: Any) -> None:
         """Refuses a state of another method or optimizer."""
 
+    def applied(self, state: Any) -> Tensor | Callable[[Tensor], Tensor]:
+        """(T,) the weights of a gradient that the step's norms do not choose; or what makes them of its losses."""
+
     def step(self, state: Any, seen: Seen) -> tuple[Any, Any]:
         """The next state but for its count of steps, and what to log."""
 
@@ -55,6 +59,9 @@ class Guarded(NamedTuple):
             raw = seen_of(state.weights, stats, active)
             seen = without_absent(raw)
             turn = due(state, method.every, update)
+            before = method.applied(state)
+            if not isinstance(before, Tensor):
+                before = before(seen.losses)
             if turn is False:
                 info = method.report(state, seen)
                 new, ok = state, raw.finite(raw.losses)
@@ -73,9 +80,9 @@ class Guarded(NamedTuple):
             if update is False:
                 return state, info
             ok = accepted(ok, active, update)
-            if info.weights is not state.weights:  # a step that is refused, and an absent task, keep the old weights
+            if info.weights is not before:  # a step that is refused, and an absent task, keep the old weights
                 moves = ok if turn is True else ok & turn
-                applied = torch.where(moves if active is None else moves & active, info.weights, state.weights)
+                applied = torch.where(moves if active is None else moves & active, info.weights, before)
                 info = info._replace(weights=applied, total_loss=seen.dot(applied, seen.losses))
             return settled(new, state, ok, turn, active), info
 

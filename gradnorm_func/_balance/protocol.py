@@ -15,6 +15,7 @@ from gradnorm_func._core import tree
 from gradnorm_func._core.loss import LossFn
 from gradnorm_func._core.numerics import choose
 from gradnorm_func._core.tree import Params
+from gradnorm_func._measure.plan import OfLosses
 from gradnorm_func._reduce.micro import as_params, split
 from gradnorm_func._reduce.stats import Stats, merge
 
@@ -55,16 +56,16 @@ class Pass(NamedTuple):
     decision: Any = ()  # (state, info), where the method's rule was asked within the pass
 
 
-# What a pass is for: stats alone; the gradient too, with factors that are known; with factors that the method is to
-# find within the pass; or, once they were found in a first round over the parts, the gradient alone.
-Goal: TypeAlias = Literal["stats", "gradient", "decide", "second"]
+# What a pass is for: losses or stats alone; the gradient too, with factors that are known; with factors that the method
+# is to find within the pass; or, once they were found in a first round over the parts, the gradient alone.
+Goal: TypeAlias = Literal["losses", "stats", "gradient", "decide", "second"]
 
 
 class Passes(Protocol):
     """How a method goes over a batch. Factors are what the trunk's gradient is made with: weights, or more."""
 
     def known(self, state: Any, job: Job) -> Any:
-        """The factors that are known before the pass; None if only this step's stats give them."""
+        """The factors that are known before the pass, or `OfLosses`; None if only this step's stats give them."""
 
     def measure(self, state: Any, job: Job, batch: Any, goal: Goal, factors: Any, examples: float | None) -> Pass:
         """One pass; `examples` is the share of this part, None if it is the whole and nothing will be merged."""
@@ -271,6 +272,10 @@ def _over_batch(passes: Passes, state: Any, job: Job, goal: Goal, factors: Any) 
     """The stats of the whole batch and its aux: in one pass, or of the parts here and on all ranks."""
     if job.micro_batches is None and job.reduce is None:
         return passes.measure(state, job, job.batch, goal, factors, None)
+    if isinstance(factors, OfLosses):  # of the whole, and so in a round of its own, which runs forwards only
+        whole = _over_parts(passes, state, job, "losses", None).stats.losses
+        outcome = _over_parts(passes, state, job, goal, factors.rule(whole))
+        return outcome._replace(stats=outcome.stats._replace(losses=whole))
     first = _over_parts(passes, state, job, "stats" if goal == "decide" else goal, factors)
     if goal != "decide":
         return first

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from gradnorm_func._balance.guard import Guarded, due
 from gradnorm_func._balance.protocol import Goal, Job, Pass
+from gradnorm_func._balance.seen import seen_of, without_absent
 from gradnorm_func._core.tree import Where
 from gradnorm_func._measure.measure import stats_of
-from gradnorm_func._measure.plan import Heads, Needs, Rule, plan_of
+from gradnorm_func._measure.plan import Heads, Needs, OfLosses, Weights, plan_of
 from gradnorm_func._reduce.stats import TaskStats
 
 
@@ -26,11 +27,20 @@ class Weighing(NamedTuple):
         Callable[[Any, Any, Any], Any] | None
     )  # (params, loss_fn, batch) -> means over examples, which no engine measures
 
-    def known(self, state: Any, job: Job) -> Tensor | None:
+    def known(self, state: Any, job: Job) -> Tensor | OfLosses | None:
         """The weights from before the step, if this step's stats do not choose them."""
-        if self.same_step and due(state, self.guarded.method.every, job.update) is not False:
+        method = self.guarded.method
+        if self.same_step and due(state, method.every, job.update) is not False:
             return None
-        return _of_active(state.weights, job.mask)
+        applied = method.applied(state)
+        if isinstance(applied, Tensor):
+            return _of_active(applied, job.mask)
+
+        def of_losses(losses: Tensor) -> Tensor:
+            seen = seen_of(state.weights, TaskStats(losses), job.mask)
+            return _of_active(applied(without_absent(seen).losses), job.mask)
+
+        return OfLosses(of_losses)
 
     def measure(self, state: Any, job: Job, batch: Any, goal: Goal, factors: Any, examples: float | None) -> Pass:
         """One pass through the engine that fits the loss."""
@@ -41,8 +51,8 @@ class Weighing(NamedTuple):
             decision = self.balance(state, stats._replace(extra=extra), job.mask, job.update)
             return _of_active(decision[1].weights, job.mask), decision
 
-        weights: Tensor | Rule | None = rule if goal == "decide" else factors
-        needs: Needs = "losses" if still else self.guarded.method.needs
+        weights: Weights | None = rule if goal == "decide" else factors
+        needs: Needs = "losses" if still or goal == "losses" else self.guarded.method.needs
         plan = plan_of(
             job.params,
             job.loss_fn,
