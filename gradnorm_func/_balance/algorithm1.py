@@ -54,8 +54,11 @@ class Algorithm1(NamedTuple):
 
     def applied(self, state: GradNormState) -> Tensor | Callable[[Tensor], Tensor]:
         """The weights from before the step; a task that is seen for the first time is put into units of its loss."""
+        _check_kind(state)
+        if not self.normalize:
+            return state.weights
         unset = state.initial_losses.isnan()
-        if not self.normalize or (free_to_ask(unset) and not unset.any()):
+        if free_to_ask(unset) and not unset.any():
             return state.weights
         return lambda losses: torch.where(unset, state.weights / units_of(losses), state.weights)
 
@@ -138,9 +141,13 @@ class Algorithm1(NamedTuple):
 
     def check(self, state: GradNormState) -> None:
         """Refuses a state of another balancer or optimizer."""
-        if not isinstance(state, GradNormState):
-            raise ValueError(f"state is a {type(state).__name__}, not a GradNormState: make one with gn.init_state(T)")
+        _check_kind(state)
         optim.check_moments(self.optimizer, state.weights, state.moments)
+
+
+def _check_kind(state: Any) -> None:
+    if not isinstance(state, GradNormState):
+        raise ValueError(f"state is a {type(state).__name__}, not a GradNormState: make one with gn.init_state(T)")
 
 
 def units_of(losses: Tensor) -> Tensor:
