@@ -44,7 +44,7 @@ from gradnorm_func._rotograd.settings import RotoGradState
 from gradnorm_func._tools.analysis import task_cosine_similarity, task_grad_norms, task_grads, task_gramian
 from gradnorm_func._tools.autograd import fork, measure_losses
 from gradnorm_func._tools.functional import functional
-from gradnorm_func._tools.interop import check_finite, load_state, log_dict, state_dict, write_grads
+from gradnorm_func._tools.interop import check_finite, load_state, log_dict, state_dict, write_buffers, write_grads
 from gradnorm_func._tools.layers import layer_analysis
 from gradnorm_func._tools.sweep import sweep
 from gradnorm_func._tools.train import train
@@ -111,5 +111,6 @@ __all__ = [
     "task_names",
     "train",
     "uncertainty",
+    "write_buffers",
     "write_grads",
 ]

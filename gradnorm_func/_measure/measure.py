@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import LossFn, MultiTaskLoss, StackedHeads
-from gradnorm_func._core.tracing import no_graph
+from gradnorm_func._core.tracing import no_graph, traced
+from gradnorm_func._core.trained import apart
 from gradnorm_func._core.tree import Tensors, Where
 from gradnorm_func._measure.general import general
 from gradnorm_func._measure.plan import Heads, Measured, Plan, plan_of
@@ -126,6 +127,8 @@ def run_engine(plan: Plan, engine: Callable[[Plan], Measured] | None = None) -> 
                 raise
             except Exception as error:
                 raise explain_sharded(plan, error) from error
+        if isinstance(measured.stats.grads, list) and not traced():
+            measured = measured._replace(stats=measured.stats._replace(grads=apart(measured.stats.grads)))
         return measured._replace(aux=without_graph(measured.aux)) if plan.has_aux else measured
 
 
