@@ -46,13 +46,15 @@ class Guarded(NamedTuple):
 
     method: Method
 
-    def balance(self, state: Any, stats: TaskStats, mask: Any, update: bool | Tensor) -> tuple[Any, Any]:
+    def balance(
+        self, state: Any, stats: TaskStats, mask: Any, update: bool | Tensor, applied: bool = False
+    ) -> tuple[Any, Any]:
         """One step: all of it, or nothing of it where something is not finite."""
         method = self.method
         method.check(state)
         active = mask_vector(mask, state.weights)
         with no_graph(), full_precision(state.weights):
-            raw = seen_of(state.weights, stats, active)
+            raw = seen_of(state.weights, stats, active)._replace(applied=applied)
             seen = without_absent(raw)
             turn = due(state, method.every, update)
             if turn is False:
@@ -75,8 +77,8 @@ class Guarded(NamedTuple):
             ok = accepted(ok, active, update)
             if info.weights is not state.weights:  # a step that is refused, and an absent task, keep the old weights
                 moves = ok if turn is True else ok & turn
-                applied = torch.where(moves if active is None else moves & active, info.weights, state.weights)
-                info = info._replace(weights=applied, total_loss=seen.dot(applied, seen.losses))
+                used = torch.where(moves if active is None else moves & active, info.weights, state.weights)
+                info = info._replace(weights=used, total_loss=seen.dot(used, seen.losses))
             return settled(new, state, ok, turn, active), info
 
     def _require(self, stats: TaskStats) -> None:

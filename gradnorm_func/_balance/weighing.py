@@ -38,7 +38,7 @@ class Weighing(NamedTuple):
         extra = self.extra(job.params, job.loss_fn, batch) if self.extra is not None and not still else ()
 
         def rule(stats: TaskStats) -> tuple[Tensor, Any]:
-            decision = self.balance(state, stats._replace(extra=extra), job.mask, job.update)
+            decision = self.guarded.balance(state, stats._replace(extra=extra), job.mask, job.update, applied=True)
             return _of_active(decision[1].weights, job.mask), decision
 
         weights: Tensor | Rule | None = rule if goal == "decide" else factors
@@ -60,7 +60,7 @@ class Weighing(NamedTuple):
 
     def decide(self, state: Any, stats: TaskStats, job: Job) -> tuple[Tensor, tuple[Any, Any]]:
         """The rule, asked once, about the whole."""
-        new, info = self.balance(state, stats, job.mask, job.update)
+        new, info = self.guarded.balance(state, stats, job.mask, job.update, applied=True)
         return _of_active(info.weights, job.mask), (new, info)
 
     def balance(self, state: Any, stats: TaskStats, mask: Any, update: bool | Tensor) -> tuple[Any, Any]:
