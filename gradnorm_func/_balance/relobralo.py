@@ -79,7 +79,7 @@ def relobralo(
             return seen.num_active * seen.softmax(ratio / temperature)
 
         mixed = torch.where(uniform(state.step, seed) < keep, state.weights, target(first))
-        share = torch.where(memory.looks == 1, 0.0, decay)
+        share = torch.where(memory.looks == 1, torch.zeros_like(seen.losses), decay)
         weights = share * mixed + (1 - share) * target(last)
         return torch.where(new, state.weights, weights), Lookback(first, seen.losses, memory.looks + 1)
 

@@ -48,7 +48,8 @@ def stch(
         steps_per_epoch: of the warm-up; None is the paper's equation, on the losses themselves.
         mu: μ, positive.
         warmup: epochs before that of N.
-        preference: λ of the paper's equation, T numbers in task order or a pytree like the losses; None is 1/T.
+        preference: λ of the paper's equation, T numbers in task order or a pytree like the losses; None is 1/T for
+            each of the T that are present.
         ideal: z, likewise; None is 0.
         every: the weights move in every k-th step, as in `balancer`.
 
@@ -93,10 +94,10 @@ def _paper(mu: float | Tensor, preference: Any, ideal: Any) -> SimpleRule:
     """The rule on the losses themselves."""
 
     def rule(_state: State, seen: Seen) -> tuple[Tensor, tuple[()]]:
-        count, kind = seen.losses.shape[0], (seen.losses.dtype, seen.losses.device)
-        factors = start_vector("preference", preference, count, 1 / count, *kind)
-        return factors * seen.softmax(
-            factors * (seen.losses - start_vector("ideal", ideal, count, 0.0, *kind)) / mu
-        ), ()
+        count, like = seen.losses.shape[0], (seen.losses.dtype, seen.losses.device)
+        above = seen.losses - start_vector("ideal", ideal, count, 0.0, *like)
+        factors = start_vector("preference", preference, count, 1.0, *like)
+        factors = factors / seen.num_active if preference is None else factors
+        return factors * seen.softmax(factors * above / mu), ()
 
     return rule
