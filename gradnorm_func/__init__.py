@@ -48,7 +48,7 @@ from gradnorm_func._rotograd.settings import RotoGradState
 
 # Around a step: analysis, plain autograd, modules and checkpoints, loops
 from gradnorm_func._tools.analysis import task_cosine_similarity, task_grad_norms, task_grads, task_gramian
-from gradnorm_func._tools.autograd import fork, measure_losses
+from gradnorm_func._tools.autograd import fork, measure_losses, weigh_trunk
 from gradnorm_func._tools.functional import functional
 from gradnorm_func._tools.interop import check_finite, load_state, log_dict, state_dict, write_grads
 from gradnorm_func._tools.layers import layer_analysis
@@ -123,5 +123,6 @@ __all__ = [
     "task_names",
     "train",
     "uncertainty",
+    "weigh_trunk",
     "write_grads",
 ]

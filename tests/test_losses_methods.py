@@ -276,7 +276,7 @@ def test_torchjds_famo(scalarization):
     torch.testing.assert_close(state.memory.logits, theirs._w.detach(), rtol=1e-5, atol=0)
 
 
-# ---------------------------------------------------------------------------------------------- scales, masks, bad losses
+# -------------------------------------------------------------------------------------------- scales, masks, bad losses
 
 # The weighted losses w_i L_i of these are the same at any scale of a loss, but for a factor that all share.
 FREE = {

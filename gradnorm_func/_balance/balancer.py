@@ -113,7 +113,7 @@ def balancer(
         return State(start, step, () if memory is None else memory(start))
 
     method = Simple(rule, kind, every, memory, same_step)
-    return Balancer(init, Weighing(Guarded(method), where, same_step, heads, extra), every)
+    return Balancer(init, Weighing(Guarded(method), where, same_step, heads, extra), every, kind)
 
 
 class Simple(NamedTuple):

@@ -15,6 +15,7 @@ from gradnorm_func._core import tree
 from gradnorm_func._core.loss import LossFn
 from gradnorm_func._core.numerics import choose
 from gradnorm_func._core.tree import Params
+from gradnorm_func._measure.plan import Needs
 from gradnorm_func._reduce.micro import as_params, split
 from gradnorm_func._reduce.stats import Stats, merge
 
@@ -79,8 +80,9 @@ class Passes(Protocol):
 class Balancer(Generic[S, I]):
     """A balancing method with its hyperparameters bound: four pure functions."""
 
-    def __init__(self, init: Callable[..., S], passes: Passes, every: int = 1) -> None:
+    def __init__(self, init: Callable[..., S], passes: Passes, every: int = 1, needs: Needs = "norms") -> None:
         self._init, self._passes = init, passes
+        self.needs: Needs = needs  # what its rule looks at: for `measure` and `measure_losses`, before `balance`
         self.every = every  # the weights move in every k-th step; what is compiled is told by `update=`
 
     def init(self, num_tasks: int, **start: Any) -> S:
