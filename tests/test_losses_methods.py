@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -432,3 +434,13 @@ def test_normalized_gradients_of_any_size(size):
 def test_hyperparameters_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_guide_has_a_row_for_every_method():
+    rows = (Path(gn.__file__).parent.parent / "docs" / "methods.md").read_text()
+    named = set(re.findall(r"`(\w+)", "\n".join(row.split("|")[1] for row in rows.splitlines() if row.startswith("|"))))
+    makers = {
+        name for name in gn.__all__ if str(getattr(gn, name).__annotations__.get("return", "")).startswith("Balancer[")
+    }
+    assert makers - {"balancer", "rotograd"} <= named
+    assert {"gradnorm", "famo", "mgda"} <= makers
