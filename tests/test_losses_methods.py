@@ -163,19 +163,20 @@ def famo_by_the_paper(problem, steps, rate, *, gamma, lower=0.0, same_batch=True
     return params, xi.detach(), torch.stack(used)
 
 
+@pytest.mark.parametrize("options", [{}, {"micro_batches": 2}], ids=["whole", "micro-batches"])
 @pytest.mark.parametrize("same_batch", [True, False])
-def test_famo_is_algorithm_1(same_batch):
+def test_famo_is_algorithm_1(same_batch, options):
     """With the second look by `update`; without it, the next batch is the second look."""
     problem, lower = make_problem(), torch.tensor([0.1, -0.5, 0.05], dtype=F64)
     expected = famo_by_the_paper(problem, 8, 0.02, gamma=0.1, lower=lower, same_batch=same_batch)
     balancer = gn.famo(decay=0.1, lower=lower)
     state, params, used = balancer.init(3, dtype=F64), problem.params, []
     for t in range(8):
-        grads, state, info = balancer.grad(state, params, problem.seam, make_batch(t))
+        grads, state, info = balancer.grad(state, params, problem.seam, make_batch(t), **options)
         params = {path: leaf - 0.02 * grads[path] for path, leaf in params.items()}
         used.append(info.weights)
         if same_batch:
-            state = balancer.update(state, params, problem.seam, make_batch(t))
+            state = balancer.update(state, params, problem.seam, make_batch(t), **options)
     assert expected[1].abs().min() > 0.01
     torch.testing.assert_close(state.memory.logits, expected[1], rtol=1e-9, atol=0)
     torch.testing.assert_close(torch.stack(used), expected[2], rtol=1e-9, atol=0)
@@ -222,14 +223,17 @@ def test_a_second_look_that_is_refused_does_not_shift_the_pairs():
 def test_famo_of_tasks_that_come_later():
     """A task learns from its second look on; the others as if it were not there, then and before."""
     with_two = gn.famo(decay=0.0)
-    course, masks = COURSE[:4], torch.tensor([[True, True, False]] * 2 + [[True, True, True]] * 2)
+    problem = make_problem()
+    late = gn.multi_task_loss(problem.seam.backbone, problem.seam.functions, last_shared=problem.seam.last_shared)
+    early = gn.multi_task_loss(problem.seam.backbone, problem.seam.functions[:2], last_shared=problem.seam.last_shared)
     state, pair = with_two.init(3, dtype=F64), with_two.init(2, dtype=F64)
-    for t in range(4):
-        state, _ = with_two.balance(state, gn.TaskStats(course[t]), mask=masks[t])
-        pair, _ = with_two.balance(pair, gn.TaskStats(course[t, :2]))
-        if t < 3:
+    for t, mask in enumerate([[True, True, False], [True, True, True], [True, True, True]]):
+        _, state, _ = with_two.grad(state, problem.params, late, make_batch(t), mask=mask)
+        _, pair, _ = with_two.grad(pair, problem.params, early, make_batch(t))
+        if t < 2:
             assert state.memory.logits[2] == 0
             torch.testing.assert_close(state.memory.logits[:2], pair.memory.logits, rtol=1e-12, atol=0)
+        assert t == 0 or state.memory.logits[:2].abs().min() > 0
     assert state.memory.logits[2] != 0
 
 
@@ -326,6 +330,22 @@ def test_dwa_of_a_task_that_is_absent_where_an_epoch_ends():
     close(found[4], 3 * softmax(rates / 2, 0))
 
 
+def test_tasks_that_come_late():
+    """STCH takes their first loss for N; ReLoBRaLo keeps their weight in their first step."""
+    masks = [[True, t > 1, True] for t in range(len(COURSE))]
+    found = weights_of(gn.stch(1, mu=0.3, warmup=0), COURSE, masks)
+    nadir = torch.tensor([COURSE[0, 0], COURSE[2, 1], COURSE[0, 2]])
+    close(found[2:], 3 * softmax((COURSE[2:] / nadir).log() / 0.3, 1) / COURSE[2:])
+    balancer = gn.relobralo(decay=0.5)
+    state, weights = balancer.init(3, dtype=F64, weights=[0.5, 2.0, 0.7]), []
+    for losses, mask in zip(COURSE[:4], masks, strict=False):
+        state, info = balancer.balance(state, gn.TaskStats(losses), mask=mask)
+        weights.append(info.weights)
+    assert weights[0].tolist() == [0.5, 2.0, 0.7]
+    assert weights[1][1] == weights[2][1] == 2.0
+    close(weights[3][1], 3 * softmax(COURSE[3] / COURSE[2], 0)[1])
+
+
 @pytest.mark.parametrize("name", ["geometric", "gls", "famo", "stch", "uw-so"])
 def test_a_loss_without_a_logarithm_is_refused(name):
     balancer = {**FREE, **STATIC}[name]()
@@ -407,6 +427,16 @@ def test_normalized_is_what_is_published():
     balancer = gn.normalized()
     _, info = balancer.balance(balancer.init(2, dtype=F64), gn.TaskStats(COURSE[0, :2], pair.norm(dim=1)))
     torch.testing.assert_close(info.weights @ pair, config, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("total", ["rms", "max", "mean"])
+def test_normalized_without_an_absent_task(total):
+    norms, balancer = torch.tensor([0.1, torch.nan, 0.4], dtype=F64), gn.normalized(total=total)
+    stats = gn.TaskStats(COURSE[0], norms)
+    _, info = balancer.balance(balancer.init(3, dtype=F64), stats, mask=[True, False, True])
+    _, pair = balancer.balance(balancer.init(2, dtype=F64), gn.TaskStats(COURSE[0, ::2], norms[::2]))
+    close(info.weights[::2], pair.weights)
+    assert info.weights[1] == 1
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])

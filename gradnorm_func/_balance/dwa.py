@@ -59,7 +59,7 @@ def dwa(steps_per_epoch: int, *, temperature: float | Tensor = 2.0) -> Balancer[
     def rule(state: State, seen: Seen) -> tuple[Tensor, Epochs]:
         memory: Epochs = state.memory
         now = torch.div(state.step, steps_per_epoch, rounding_mode="floor")
-        ended = (memory.epoch < now) & (memory.counts > 0)
+        ended = memory.epoch < now
         last = torch.where(ended, memory.sums / memory.counts.clamp(min=1), memory.last)
         before = torch.where(ended, memory.last, memory.before)
         rates = torch.where(before == 0, 1.0, last / torch.where(before == 0, 1.0, before))
