@@ -49,7 +49,7 @@ def dwa(steps_per_epoch: int, *, temperature: float | Tensor = 2.0) -> Balancer[
         >>> info.weights
         tensor([0.8756, 1.1244])
 
-    Source: Liu et al. 2019, equation 7. Published code counts windows of 25 steps as epochs (nash-mtl).
+    Source: Liu et al. 2019. Published code counts windows of 25 steps as epochs (nash-mtl).
     """
     if not steps_per_epoch >= 1:
         raise ValueError(f"steps_per_epoch={steps_per_epoch} must be at least 1: len(loader) of your loader")

@@ -37,8 +37,8 @@ def famo(
               \partial_{\xi_i} = z_i \Big(\delta_i - \sum_j z_j \delta_j\Big) + \gamma \xi_i, \quad
               \delta = \log(L - b) - \log(L' - b)
 
-    with L' the losses of the same batch after the parameters' step. Multiplying a loss, and its bound, by a constant
-    changes the weights of the gradient and nothing else: a run is the same.
+    with L' the losses of the same batch after the parameters' step. A loss that is multiplied by a constant, as its
+    bound is, changes the length of :math:`\sum_i w_i \nabla L_i` and nothing else.
 
     `grad` looks first. `update` on the same batch after the step is the second look, the price of which is a forward
     pass. In a loop that never calls it (`gn.train`, `gn.sweep`) the losses of the next batch are the second look, so

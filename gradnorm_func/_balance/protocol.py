@@ -103,7 +103,7 @@ class Balancer(Generic[S, I]):
 
         Args:
             state: from `init`, or from the step before.
-            stats: from `measure`, `merge`, `all_reduce`, `measure_losses`, or made by hand.
+            stats: from `measure` or `measure_losses` with `needs=balancer.needs`, `merge`, `all_reduce`, or by hand.
             mask: the tasks present in this batch, (T,) bool or a pytree like the losses. Absent tasks keep their part
                 of the state. A tensor that is False everywhere leaves the state as it was.
             update: False, or a 0-d bool tensor that is False, freezes the state.

@@ -65,7 +65,7 @@ def stch(
         >>> balancer.balance(balancer.init(2), gn.TaskStats(torch.tensor([1.0, 1.2])))[1].weights
         tensor([0.1345, 0.3655])
 
-    Source: Lin et al. 2024, equation 6, and STCH_MTL of Xi-L/STCH. Departure: 1e-20 is not added to the losses.
+    Source: Lin et al. 2024, and STCH_MTL of Xi-L/STCH. Departure: 1e-20 is not added to the losses.
     """
     if not isinstance(mu, Tensor) and not mu > 0:
         raise ValueError(f"mu={mu} must be positive; a small one, such as 0.01, comes near to the maximum")
