@@ -118,7 +118,16 @@ def _by_torch_func(fn: Recorded, inputs: Sequence[Tensor]) -> Tape:
         outputs, aux = fn(leaves)
         return outputs, constants.take(aux)
 
-    outputs, pull_all, tensors = vjp(run, list(inputs), has_aux=True)  # type: ignore[misc]
+    try:
+        outputs, pull_all, tensors = vjp(run, list(inputs), has_aux=True)  # type: ignore[misc]
+    except RuntimeError as error:
+        if "mutate a captured Tensor" in str(error):
+            raise ValueError(
+                "loss_fn writes to a tensor that is none of its arguments, such as a buffer of batch norm in train "
+                "mode: call the module by gn.functional(module, prefix, buffers=True), which returns (output, new "
+                "buffers), and give these out as aux"
+            ) from error
+        raise
 
     def pull(cotangents: Sequence[Tensor], wanted: Sequence[int] | None = None, *, last: bool = False) -> Grads:
         del last  # whoever traces frees what it likes
