@@ -129,6 +129,32 @@ def test_relobralo():
     close(never[2], alpha * never[1] + (1 - alpha) * 3 * softmax(COURSE[2] / (tau * COURSE[1]), 0))
 
 
+FORMS = {
+    "gls": functools.partial(gn.geometric, mean=True),
+    "uw-so": functools.partial(gn.uncertainty, temperature=0.5),
+    "stch-paper": functools.partial(gn.stch, mu=0.3, preference=[0.5, 0.2, 0.3], ideal={"a": 0.0, "b": 0.1, "c": 0.0}),
+    "famo-lower": functools.partial(gn.famo, lower=[0.1, -0.5, 0.05]),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_that_the_conformance_table_leaves_out(name):
+    """One graph, equal to eager, with weights that move and that vmap gives too."""
+    problem, balancer = make_problem(), FORMS[name]()
+    step = torch.compile(balancer.grad, fullgraph=True, backend="eager")
+    eager = state = balancer.init(3, dtype=F64)
+    for t in range(3):
+        batch, mask = make_batch(t), torch.tensor([True, t != 1, True])
+        grads, state, info = step(state, problem.params, problem.seam, batch, mask=mask)
+        expected = balancer.grad(eager, problem.params, problem.seam, batch, mask=mask)
+        torch.testing.assert_close((grads, state, info), tuple(expected), rtol=1e-10, atol=1e-12, equal_nan=True)
+        assert not torch.equal(info.weights, eager.weights)
+        eager = expected[1]
+    two = torch.stack([COURSE[0], COURSE[1]])
+    weights = lambda losses: balancer.balance(balancer.init(3, dtype=F64), gn.TaskStats(losses))[1].weights
+    close(torch.func.vmap(weights)(two), torch.stack([weights(losses) for losses in two]))
+
+
 # ---------------------------------------------------------------------------------------------- FAMO
 
 
