@@ -84,8 +84,7 @@ def test_least_squares(rank, count):
         tables = rand(DRAWS, 2 * count, count // 2) @ rand(DRAWS, count // 2, count)
     tables, goals = tables / tables.norm(dim=1, keepdim=True), rand(DRAWS, 2 * count, 1)
     goals = goals / goals.norm(dim=1, keepdim=True)
-    ones = torch.ones(DRAWS, count, dtype=F64)
-    found = torch.func.vmap(nnls)(tables.mT @ tables, (tables.mT @ goals)[..., 0], ones)
+    found = torch.func.vmap(nnls)(tables.mT @ tables, (tables.mT @ goals)[..., 0])
     for w, table, goal in zip(found, tables, goals[..., 0], strict=True):
         assert (w >= 0).all()
         slopes = table.T @ (table @ w - goal)  # none that would pay, and none at a weight that is not 0

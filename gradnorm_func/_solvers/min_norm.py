@@ -42,4 +42,4 @@ def _least_squares(units: Units) -> Tensor:
     :math:`\tfrac12 v^\top (C + a a^\top) v - a^\top v` over v >= 0.
     """
     inverse = units.inverses / units.inverses.max().clamp(min=1e-300)
-    return nnls(units.cosines + inverse.unsqueeze(-1) * inverse, inverse, torch.ones_like(inverse)) * inverse
+    return nnls(units.cosines + inverse.unsqueeze(-1) * inverse, inverse) * inverse
