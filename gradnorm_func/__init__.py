@@ -4,18 +4,25 @@
 from gradnorm_func._balance.algorithm1 import GradNormInfo, GradNormState
 
 # A balancer of one's own, and the others
+from gradnorm_func._balance.aligned import aligned
 from gradnorm_func._balance.balancer import Info, State, balancer
+from gradnorm_func._balance.cagrad import cagrad
+from gradnorm_func._balance.config import config
 from gradnorm_func._balance.equal_norms import equal_norms
+from gradnorm_func._balance.fairgrad import fairgrad, nash
 from gradnorm_func._balance.fixed_ratio import fixed_ratio
 from gradnorm_func._balance.gradnorm import gradnorm, gradnorm_balance, init_state
 from gradnorm_func._balance.gradnorm_step import gradnorm_grad, gradnorm_update
+from gradnorm_func._balance.imtl_g import imtl_g
 from gradnorm_func._balance.mgda import mgda
 from gradnorm_func._balance.ntk import ntk
+from gradnorm_func._balance.pcgrad import pcgrad
 from gradnorm_func._balance.protocol import Balancer
 from gradnorm_func._balance.rlw import rlw
 from gradnorm_func._balance.seen import Seen
 from gradnorm_func._balance.static import mean_weights, static
 from gradnorm_func._balance.uncertainty import uncertainty
+from gradnorm_func._balance.upgrad import dualproj, upgrad
 
 # What a loss is, and the optimizers of the weights
 from gradnorm_func._core.loss import multi_task_loss, shared_linear, stacked_heads, task_names
@@ -65,11 +72,16 @@ __all__ = [
     "State",
     "TaskStats",
     "adam",
+    "aligned",
     "all_reduce",
     "balancer",
+    "cagrad",
     "check_finite",
     "check_seam",
+    "config",
+    "dualproj",
     "equal_norms",
+    "fairgrad",
     "fixed_ratio",
     "fold_rotations",
     "fork",
@@ -82,6 +94,7 @@ __all__ = [
     "gradnorm_balance",
     "gradnorm_grad",
     "gradnorm_update",
+    "imtl_g",
     "init_state",
     "layer_analysis",
     "load_state",
@@ -92,7 +105,9 @@ __all__ = [
     "merge",
     "mgda",
     "multi_task_loss",
+    "nash",
     "ntk",
+    "pcgrad",
     "random_rotations",
     "rescale_adam",
     "rlw",
@@ -111,5 +126,6 @@ __all__ = [
     "task_names",
     "train",
     "uncertainty",
+    "upgrad",
     "write_grads",
 ]

@@ -71,9 +71,7 @@ def _by_signs(matrix: Tensor, right: Tensor) -> tuple[Tensor, bool]:
     return w, False
 
 
-def interior(
-    matrix: Tensor, right: Tensor, bound: Callable[[Tensor], Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
+def interior(matrix: Tensor, right: Tensor, bound: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """w and s by Mehrotra's predictor and corrector, an interior-point method.
 
     An iteration is one Cholesky factor of A + diag(s / w), and their number is fixed, but on a CPU that may be asked.
