@@ -82,7 +82,9 @@ def _by_signs(units: Units, a: Tensor, slope: Tensor, c: Tensor, alone: Tensor) 
     positive = (alone * a > slope) & units.real
     for _ in range(ROUNDS):
         solve = inverse_on(units.cosines, positive)
-        p, q = solve(torch.stack([a, slope])).unbind()
+        sides = torch.stack([a, slope])
+        both = solve(sides)
+        p, q = (both + solve(sides - both @ units.cosines)).unbind()  # once more, for the damping
         square, half, rest = a @ p, a @ q, slope @ q - c * c
         root = half * half - square * rest
         t = (half + root.clamp(min=0).sqrt()) / square
