@@ -22,7 +22,7 @@ def align(gramian: Tensor, active: Tensor, preference: Tensor) -> tuple[Tensor, 
     rounding = matrix.shape[-1] * torch.finfo(gramian.dtype).eps
     kept = values > rounding * values.max()
     least = values.masked_fill(~kept, torch.inf).min()
-    roots = (least / values.masked_fill(~kept, torch.inf)).sqrt()
+    roots = (least / values.masked_fill(~kept, 1.0)).sqrt().masked_fill(~kept, 0.0)
     weights = vectors @ (roots * (preference.to(values) @ vectors)) * active + 0 * units.lengths
     balance = (vectors * roots) @ vectors.mT
     inside = (vectors * kept) @ vectors.mT

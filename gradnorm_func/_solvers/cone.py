@@ -14,14 +14,14 @@ from gradnorm_func._solvers.units import own_units
 def project_mean(gramian: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     r"""argmin of :math:`v^\top G v` over v >= u, u the even weights, and the largest error in its conditions.
 
-    With :math:`y_i = n_i (v_i - u_i)` and :math:`m_i = n_i u_i` it is non-negative least squares with C and -C m.
+    With :math:`y_i = T n_i (v_i - u_i)` it is non-negative least squares with C and -C n.
     """
     units = own_units(gramian, active)
-    even = active.double() / active.sum()
-    slope = units.cosines @ (units.lengths * even)
+    slope = units.cosines @ units.lengths
     y = nnls(units.cosines, -slope)
-    error = torch.minimum(y, units.cosines @ y + slope).abs().max() / even.max()
-    return (even + units.inverses * y).to(gramian.dtype), error.to(gramian.dtype)
+    error = torch.minimum(y, units.cosines @ y + slope).abs().max()
+    weights = (active + units.inverses * y) / active.sum()
+    return weights.to(gramian.dtype), error.to(gramian.dtype)
 
 
 @node
@@ -34,4 +34,4 @@ def project_each(gramian: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     y = nnls(units.cosines, -units.cosines)
     error = torch.minimum(y, y @ units.cosines + units.cosines).abs().max()
     weights = (1 + units.inverses * (units.lengths @ y)) * active / active.sum()
-    return weights.to(gramian.dtype), (error + 0 * weights.sum()).to(gramian.dtype)
+    return weights.to(gramian.dtype), error.to(gramian.dtype)

@@ -33,7 +33,7 @@ def near_mean(gramian: Tensor, active: Tensor, radius: Tensor) -> tuple[Tensor, 
     y = y / (y @ (units.cosines @ y)).clamp(min=TINY).sqrt()  # the direction of g_w, in units of length 1
     slopes = units.lengths * (units.cosines @ (mean + c * y))
     w = y * units.inverses
-    gap = (w * slopes).sum() / w.sum().clamp(min=TINY) - slopes.masked_fill(~units.real, torch.inf).min()
+    gap = (w * slopes).sum() / w.sum().clamp(min=TINY) - torch.where(units.real, slopes, slopes.max()).min()
     weights = even + c * length * units.inverses * y
     return weights.to(gramian.dtype), (gap / length.clamp(min=TINY)).to(gramian.dtype)
 

@@ -16,7 +16,7 @@ class Units(NamedTuple):
     cosines: Tensor  # (T, T) C; the row of a task that is absent or has no gradient is one of the identity
     lengths: Tensor  # (T,) n_i, of which the longest is 1; 0 of such a task
     inverses: Tensor  # (T,) 1 / n_i; 0 of such a task
-    size: Tensor  # () the longest length
+    size: Tensor  # () the longest length; 1 if all are 0
     real: Tensor  # (T,) bool: the tasks that are present and have a gradient
     active: Tensor  # (T,) bool: the tasks that are present
 
@@ -32,8 +32,10 @@ def own_units(gramian: Tensor, active: Tensor) -> Units:
     roots = square.sqrt()
     inverses = (1 / roots).masked_fill(~real, 0.0)
     lengths = roots.masked_fill(~real, 0.0)
-    size = lengths.max().clamp(min=1e-300)
+    size = lengths.max()
+    size = size + (size == 0)
     noise = 0.0 if gramian.dtype == torch.float64 else gramian.shape[-1] * torch.finfo(gramian.dtype).eps
     extra = real.double() * (noise - 1.0) + 1.0
     cosines = exact * inverses.unsqueeze(-1) * inverses + torch.diag_embed(extra)
-    return Units(cosines, lengths / size + 0 * cosines.sum(), inverses * size, size, real, active)
+    broken = 0 * cosines.sum()  # NaN, if anything is
+    return Units(cosines, lengths / size + broken, inverses * size + broken, size, real, active)
