@@ -113,7 +113,7 @@ def accepted(finite: Tensor, active: Tensor | None, update: bool | Tensor) -> Te
 
 def settled(new: Any, old: Any, ok: Tensor, turn: bool | Tensor, active: Tensor | None) -> Any:
     """The new state with its step counted, absent tasks as they were; the old one, all of it, if it is refused."""
-    if active is not None and new is not old:
+    if active is not None and turn is not False:
         new = _without_absent(active, new, old)
     if isinstance(turn, Tensor):
         new = choose(turn, new, old)

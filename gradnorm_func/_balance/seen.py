@@ -33,7 +33,6 @@ class Seen(NamedTuple):
         """(T,) bool: the tasks that are present in this batch."""
         return torch.ones_like(self.losses, dtype=torch.bool) if self.mask is None else self.mask
 
-    @property
     def num_active(self) -> int | Tensor:
         """How many they are."""
         return self.losses.shape[0] if self.mask is None else self.mask.sum()

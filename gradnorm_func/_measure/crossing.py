@@ -55,7 +55,6 @@ class Crossed(NamedTuple):
 class Crossing(Protocol):
     """How z becomes what the heads see, and how their gradients become the trunk's."""
 
-    @property
     def trunk_loss(self) -> Callable[[Any, Any, Any], Tensor] | None:
         """(params, z, batch) -> a loss of the trunk alone."""
 
@@ -74,7 +73,6 @@ class Weighted(NamedTuple):
 
     plan: Plan
 
-    @property
     def trunk_loss(self) -> None:
         """None: the trunk has no loss of its own."""
         return None

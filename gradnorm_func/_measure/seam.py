@@ -26,7 +26,7 @@ def seam(plan: Plan, crossing_of: Callable[[Plan], Crossing] = Weighted) -> Meas
     """All that `plan` asks for, of a loss with a backbone."""
     loss = plan.loss_fn
     assert isinstance(loss, MultiTaskLoss)
-    trunk = _trunk(plan, loss, crossing_of(plan).trunk_loss)
+    trunk = _trunk(plan, loss, crossing_of(plan).trunk_loss())
     heads = _heads(plan, loss, trunk, crossing_of(plan))
     losses = heads.tape.outputs[0]  # (T,)
     plan, decision = plan.with_losses(losses)
