@@ -18,8 +18,9 @@ from gradnorm_func._balance.static import mean_weights, static
 from gradnorm_func._balance.uncertainty import uncertainty
 
 # What a loss is, and the optimizers of the weights
-from gradnorm_func._core.loss import multi_task_loss, shared_linear, stacked_heads, task_names
+from gradnorm_func._core.loss import multi_task_loss, shared_linear, stacked_heads
 from gradnorm_func._core.optim import Optimizer, adam, sgd
+from gradnorm_func._core.tasks import by_name, task_names, weighted_sum
 
 # GradInit
 from gradnorm_func._gradinit.rescale_adam import rescale_adam
@@ -28,7 +29,7 @@ from gradnorm_func._gradinit.state import GradInitInfo, GradInitState, gradinit_
 from gradnorm_func._gradinit.step import gradinit_step
 
 # measure → reduce
-from gradnorm_func._measure.check_seam import check_seam
+from gradnorm_func._measure.check import check
 from gradnorm_func._measure.measure import measure
 from gradnorm_func._reduce.ranks import all_reduce
 from gradnorm_func._reduce.stats import TaskStats, merge
@@ -67,8 +68,9 @@ __all__ = [
     "adam",
     "all_reduce",
     "balancer",
+    "by_name",
+    "check",
     "check_finite",
-    "check_seam",
     "equal_norms",
     "fixed_ratio",
     "fold_rotations",
@@ -111,5 +113,6 @@ __all__ = [
     "task_names",
     "train",
     "uncertainty",
+    "weighted_sum",
     "write_grads",
 ]

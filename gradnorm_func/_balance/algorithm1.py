@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradnorm_func._balance.seen import Seen
 from gradnorm_func._core import optim, tree
-from gradnorm_func._core.loss import task_vector
+from gradnorm_func._core.tasks import task_vector
 from gradnorm_func._measure.plan import Needs
 
 
@@ -139,7 +139,7 @@ def _ratios(norm_ratios: Any, weights: Tensor) -> Tensor:
     if rho.shape != weights.shape:
         raise ValueError(f"norm_ratios has {rho.shape[0]} entries, but there are {weights.shape[0]} tasks")
     if not isinstance(norm_ratios, Tensor) and not all(
-        isinstance(x, Tensor) or x > 0 for x in tree.flatten(norm_ratios)[0]
+        isinstance(x, Tensor) or x > 0 for x in tree.flatten(tree.by_key(norm_ratios))[0]
     ):
         raise ValueError(f"norm_ratios={norm_ratios!r} must be positive")
     return rho

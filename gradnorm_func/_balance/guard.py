@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from gradnorm_func._balance.seen import Seen, mask_vector, seen_of, without_absent
 from gradnorm_func._core import tree
 from gradnorm_func._core.numerics import choose, column, full_precision
+from gradnorm_func._core.tasks import check_named
 from gradnorm_func._core.tracing import free_to_ask, no_graph
 from gradnorm_func._measure.plan import Needs
 from gradnorm_func._reduce.stats import TaskStats, present
@@ -45,11 +47,14 @@ class Guarded(NamedTuple):
     """A method, guarded."""
 
     method: Method
+    named: Mapping[str, Any] = {}  # its arguments that may be given by name, which are compared with the tasks
 
     def balance(self, state: Any, stats: TaskStats, mask: Any, update: bool | Tensor) -> tuple[Any, Any]:
         """One step: all of it, or nothing of it where something is not finite."""
         method = self.method
         method.check(state)
+        if isinstance(stats.losses, Mapping):
+            check_named(stats.losses, grad_norms=stats.grad_norms, mask=mask, **self.named)
         active = mask_vector(mask, state.weights)
         with no_graph(), full_precision(state.weights):
             raw = seen_of(state.weights, stats, active)

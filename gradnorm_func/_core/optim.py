@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._core import tree
-from gradnorm_func._core.numerics import safe_sqrt
+from gradnorm_func._core.numerics import accum_dtype, column, safe_sqrt
 from gradnorm_func._core.tracing import traced
 
 Schedule: TypeAlias = Callable[[Tensor], Tensor]
@@ -37,8 +37,9 @@ class AdamState(NamedTuple):
     """State of `adam`."""
 
     step: Tensor  # () int64: updates so far
-    mean: Tensor  # (T,) first moment
-    square: Tensor  # (T,) second moment
+    counts: Tensor  # (T,) int64: those in which the task was present, which its moments have seen
+    mean: Tensor  # (T,) first moment, in float32 at least
+    square: Tensor  # (T,) second moment, likewise
 
 
 def as_optimizer(optimizer: Any) -> Optimizer:
@@ -121,7 +122,8 @@ def adam(
         eps: ε, added to the root of the second moment.
 
     Returns:
-        Optimizer: an (init, update) pair.
+        Optimizer: an (init, update) pair. Moments and step are float32 at least. A task that is absent from some
+        updates has a bias correction of its own.
 
     Raises:
         ValueError: if the learning rate or ε is a number that is not positive, or a decay lies outside [0, 1).
@@ -144,13 +146,14 @@ def adam(
 
     def init(weights: Tensor) -> AdamState:
         count = torch.zeros((), dtype=torch.int64, device=weights.device)
-        return AdamState(count, torch.zeros_like(weights), torch.zeros_like(weights))
+        zeros = torch.zeros_like(weights, dtype=accum_dtype(weights))  # 0.999 is 1 in bfloat16
+        return AdamState(count, count.expand(weights.shape[:1]).clone(), zeros, zeros.clone())
 
     def update(grad: Tensor, state: AdamState, _weights: Tensor) -> tuple[Tensor, AdamState]:
-        count = state.step + 1
+        grad, counts = grad.to(state.mean.dtype), state.counts + 1
         mean = _mixed(grad, state.mean, b1)
         square = _mixed(grad * grad, state.square, b2)
-        power = count.to(grad.dtype)
+        power = column(counts.to(grad.dtype), grad)
         if traced():  # stacked, or a compiler would inline the powers and take them again for every element
             mean_part, square_part = (1 - torch.stack([b1**power, b2**power])).unbind()
             size = safe_sqrt(square / square_part)
@@ -158,7 +161,7 @@ def adam(
             mean_part, square_part = 1 - b1**power, 1 - b2**power
             size = (square / square_part).sqrt()
         step = mean * -_rate(learning_rate, state.step) / ((size + eps) * mean_part)
-        return step, AdamState(count, mean, square)
+        return step, AdamState(state.step + 1, counts, mean, square)
 
     return Optimizer(init, update)
 

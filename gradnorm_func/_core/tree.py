@@ -35,6 +35,26 @@ class _Box:
         self.leaf = leaf
 
 
+def by_key(tree: PyTree) -> PyTree:
+    """What has an entry for each task, plain dicts in place of all mappings, so that keys are sorted: optree leaves an
+    OrderedDict in its own order, which parameters are to keep, and takes other mappings for leaves."""
+    if isinstance(tree, Mapping):
+        return {key: by_key(entry) for key, entry in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*map(by_key, tree))
+    return type(tree)(map(by_key, tree)) if type(tree) in (list, tuple) else tree
+
+
+def nones(tree: PyTree, *above: str) -> list[str]:
+    """Dotted paths of what is None, which has no leaf."""
+    entries = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
+    return [
+        path
+        for key, entry in entries
+        for path in ([".".join([*above, str(key)])] if entry is None else nones(entry, *above, str(key)))
+    ]
+
+
 def unflatten(treedef: Any, leaves: Iterable[Any]) -> PyTree:
     """The inverse of `flatten`."""
     return optree.tree_unflatten(treedef, leaves)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._core import tree
-from gradnorm_func._core.loss import LossFn, MultiTaskLoss, wrong_count
+from gradnorm_func._core.loss import LossFn, MultiTaskLoss
 from gradnorm_func._core.numerics import accum_dtype, column, full_precision, promoted
+from gradnorm_func._core.tasks import wrong_count
 from gradnorm_func._core.tracing import traced
 from gradnorm_func._core.tree import Where
 from gradnorm_func._reduce.stats import TaskStats
@@ -58,6 +59,7 @@ class Plan(NamedTuple):
     vectorize: bool = True
     chunk_size: int | None = None
     loss_scale: float | Tensor | None = None  # of every cotangent of the losses
+    whole_step: bool = False  # is this all of a training step, so that every present task must have a gradient?
 
     def params(self, leaves: Sequence[Tensor]) -> Any:
         """Leaves in the user's structure."""

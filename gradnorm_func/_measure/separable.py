@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradnorm_func._core.loss import MultiTaskLoss, task_vector
+from gradnorm_func._core.loss import MultiTaskLoss
 from gradnorm_func._core.numerics import promoted
+from gradnorm_func._core.tasks import task_vector
+from gradnorm_func._core.tracing import traced
 from gradnorm_func._measure.norms import stats_at_leaves
 from gradnorm_func._measure.plan import Measured, Plan, filled, split_aux, weighted_sum
+from gradnorm_func._measure.reach import require_gradients, require_reached
 from gradnorm_func._measure.tape import Tape, tape
 from gradnorm_func._reduce.stats import TaskStats
 
@@ -26,6 +29,8 @@ def separable(plan: Plan) -> Measured:
     runs = [_recorded(plan, function) for function in loss.functions]
     values = [run.outputs[0] for run in runs]
     losses = torch.stack(values)
+    if not traced():
+        require_gradients(plan, loss.structure([run.saved[0] for run in runs]))
     aux = ((), loss.structure([run.aux for run in runs])) if plan.has_aux else ()
     plan, decision = plan.with_losses(losses)
     where = plan.where or []
@@ -37,7 +42,9 @@ def separable(plan: Plan) -> Measured:
         seeds = plan.unit_seeds(losses)
         leaves = [plan.leaves[i] for i in indices]
         pulled = zip(runs, seeds.to(losses.dtype).unbind(), values, strict=True)
-        grads = [filled(run.pull([seed.to(value.dtype)], indices, last=True), leaves) for run, seed, value in pulled]
+        unfilled = [run.pull([seed.to(value.dtype)], indices, last=True) for run, seed, value in pulled]
+        require_reached(plan, any(grad is not None for task in unfilled for grad in task))
+        grads = [filled(task, leaves) for task in unfilled]
         if plan.needs != "losses":
             rows = [torch.stack([task[indices.index(i)] for task in grads]) for i in where]
             plain = plan.loss_scale is None and plan.active is None

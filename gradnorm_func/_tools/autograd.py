@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._core import tree
-from gradnorm_func._core.loss import task_names, task_vector, wrong_count
 from gradnorm_func._core.numerics import diagonal, promoted, row_norms, safe_sqrt
+from gradnorm_func._core.tasks import task_names, task_vector, wrong_count
 from gradnorm_func._core.tracing import inside_transform
 from gradnorm_func._measure.norms import norms_by_example
 from gradnorm_func._measure.sharded import sharded, whole

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradnorm_func._core import tree
-from gradnorm_func._core.loss import task_names
+from gradnorm_func._core.tasks import task_names
 from gradnorm_func._core.tree import Tensors
 
 State = TypeVar("State", bound=Tensors)
@@ -78,7 +78,7 @@ def state_dict(state: Tensors) -> dict[str, Tensor]:
     Example:
         >>> import gradnorm_func as gn
         >>> sorted(gn.state_dict(gn.init_state(2)))[:3]
-        ['initial_losses', 'moments.mean', 'moments.square']
+        ['initial_losses', 'moments.counts', 'moments.mean']
     """
     return {path: leaf.detach().clone() for path, leaf in zip(tree.paths(state), tree.flatten(state)[0], strict=True)}
 

@@ -15,8 +15,9 @@ from gradnorm_func._balance.guard import I, S
 from gradnorm_func._balance.protocol import Balancer
 from gradnorm_func._core import tree
 from gradnorm_func._core.compiling import compiled
-from gradnorm_func._core.loss import LossFn, task_vector
+from gradnorm_func._core.loss import LossFn
 from gradnorm_func._core.progress import bar
+from gradnorm_func._core.tasks import task_vector
 from gradnorm_func._core.tree import Params
 from gradnorm_func._tools.interop import write_grads
 

@@ -1,0 +1,131 @@
+"""What reaches what: losses without a gradient, parameters that no loss reads, a W that one task reads alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradnorm_func._core import tree
+from gradnorm_func._core.tasks import task_names
+from gradnorm_func._core.tracing import free_to_ask, traced
+from gradnorm_func._measure.plan import Plan, split_aux
+from gradnorm_func._measure.tape import leaves_of, nodes
+
+CLOSED_OVER = (
+    "does loss_fn close over a module? Write call = gn.functional(module, prefix), and in the loss call(params, x)"
+)
+
+
+class Reach(NamedTuple):
+    """Which losses read which leaves of params."""
+
+    tasks: list[str]
+    reads: list[set[int]]  # of each task, the indices of the leaves
+    others: int  # how many other tensors gradients end at
+
+
+def reach_of(plan: Plan) -> Reach:
+    """From the autograd graph of the losses, which are run once more."""
+    leaves = leaves_of(plan.leaves)
+    with _same_random_numbers(leaves), torch.enable_grad():
+        losses, _ = split_aux(plan.loss_fn(plan.params(leaves), plan.batch), plan.has_aux)
+    rows = [_ends(root, leaves) for root in _roots(losses)]
+    return Reach(task_names(losses), [read for read, _ in rows], len(set().union(*(others for _, others in rows))))
+
+
+def ends_of(plan: Plan, part: Callable[[list[Tensor]], list[Tensor]]) -> set[int]:
+    """Indices of the leaves of params that a part of the loss reads."""
+    leaves = leaves_of(plan.leaves)
+    with _same_random_numbers(leaves), torch.enable_grad():
+        outputs = part(leaves)
+    return set().union(*(_ends(_node(out), leaves)[0] for out in outputs))
+
+
+def _ends(root: Any, leaves: list[Tensor]) -> tuple[set[int], set[int]]:
+    """Where the graph below a node ends: indices of leaves, and other tensors by their id."""
+    index = {id(leaf): i for i, leaf in enumerate(leaves)}
+    ends = [node.variable for node in nodes([root]) if hasattr(node, "variable")]
+    others = {id(end) for end in ends if id(end) not in index}
+    return {index[id(end)] for end in ends if id(end) in index}, others
+
+
+def _roots(losses: Any) -> list[Any]:
+    """The node of each loss in the graph; None for a loss without one."""
+    if isinstance(losses, Tensor):
+        if losses.grad_fn is not None and losses.grad_fn.name().startswith("StackBackward"):
+            return [node for node, _ in losses.grad_fn.next_functions]
+        return [_node(losses)] * losses.numel()
+    terms = tree.flatten(tree.by_key(losses))[0]
+    return [_node(term) if isinstance(term, Tensor) else None for term in terms]
+
+
+def _node(x: Tensor) -> Any:
+    return torch.autograd.graph.get_gradient_edge(x).node if x.requires_grad else None
+
+
+def _same_random_numbers(leaves: list[Tensor]) -> AbstractContextManager[None]:
+    """Whoever draws after this draws what he would have drawn without it."""
+    return torch.random.fork_rng({x.device for x in leaves if x.is_cuda})
+
+
+def require_gradients(plan: Plan, losses: Any) -> None:
+    """Refuses a loss that cannot have a gradient, unless its task is absent."""
+    terms = [losses] if isinstance(losses, Tensor) else tree.flatten(tree.by_key(losses))[0]
+    recorded = not traced()
+    dead = [i for i, x in enumerate(terms) if not isinstance(x, Tensor) or (recorded and not x.requires_grad)]
+    if not dead or not plan.whole_step or (plan.active is not None and not free_to_ask(plan.active)):
+        return
+    names = task_names(losses)
+    if isinstance(losses, Tensor):
+        dead = list(range(len(names)))
+    if plan.active is not None:
+        dead = [i for i in dead if bool(plan.active[i])]
+    if dead:
+        kinds = [f"{names[i]!r} ({type(terms[i % len(terms)]).__name__})" for i in dead]
+        raise ValueError(
+            f"losses without a gradient: {', '.join(kinds)}. Was it taken out of the graph by .item(), float(), .detach() or no_grad? Return the 0-d tensor itself; a task that is absent from this "
+            "batch is left out by mask="
+        )
+
+
+def require_reached(plan: Plan, reached: bool) -> None:
+    """Refuses a step in which autograd knows that no loss depends on any parameter."""
+    if plan.whole_step and not reached:
+        raise ValueError(f"no loss depends on any of params: {CLOSED_OVER}")
+
+
+def require_shared(plan: Plan, norms: Tensor, step: Tensor) -> None:
+    """Refuses, in a first step, a W that at most one of the tasks reads. Zeros alone are no proof: a head may start at
+    zero, so that where they show the graph is asked."""
+    if plan.by_path and free_to_ask(step) and int(step) == 0 and int((norms > 0).sum()) < 2:
+        private = private_where(plan, reach_of(plan))
+        if private:
+            raise ValueError(private)
+
+
+def private_where(plan: Plan, reach: Reach) -> str:
+    """What to say if at most one task reads W; nothing if more do, or no more have a gradient at all."""
+    where = set(plan.where or [])
+    alive = [i for i, reads in enumerate(reach.reads) if reads]
+    readers = [reach.tasks[i] for i in alive if reach.reads[i] & where]
+    if not plan.by_path or len(alive) < 2 or len(readers) > 1:
+        return ""
+    paths = [path for i, path in enumerate(tree.paths(plan.params(plan.leaves))) if i in where]
+    who = f"only the task {readers[0]!r} reads" if readers else "no task reads"
+    return (
+        f"where={paths[0] if len(paths) == 1 else paths!r} is no W: {who} it, and the norms of the others are exactly "
+        "0 there; give the path of the last layer that all tasks share, or None for the default"
+    )
+
+
+def twice_message(path: str) -> str:
+    """What to say of a layer that the backbone applies too."""
+    return (
+        f"the backbone reads {path!r} itself, and last_shared=gn.shared_linear({path!r}, ...) applies it once more, so "
+        "that norms there miss a part: let the backbone end before this layer, or, if the layer is meant to run twice, "
+        "give last_shared as a function (params, h) -> z"
+    )
