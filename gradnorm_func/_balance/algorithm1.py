@@ -87,8 +87,8 @@ class Algorithm1(NamedTuple):
     def descended(self, state: GradNormState, grad: Tensor, seen: Seen) -> tuple[Tensor, Any]:
         """The weights one step of their optimizer further, and its moments."""
         w = state.weights
-        if seen.mask is not None:
-            grad = torch.where(seen.mask, grad, 0.0)
+        if seen.mask is not None:  # a task alone has nothing to be balanced with; its gap is rounding
+            grad = torch.where(seen.mask & (seen.mask.sum() > 1), grad, 0.0)
         if not self.log_space:
             step, moments = self.optimizer.update(grad, state.moments, w)
             return w + step, moments
@@ -108,6 +108,13 @@ class Algorithm1(NamedTuple):
         norms = state.weights * seen.norms
         targets = self.targets(norms, rates, seen)
         return _info(seen, state.weights, targets, rates, norms - targets)
+
+    def absent(self, state: GradNormState) -> GradNormState:
+        """What absent tasks keep: at the burn-in step no L(0) from before it, but that of their next loss."""
+        if self.burn_in is None:
+            return state
+        initial = torch.where(state.step == self.burn_in, torch.nan, state.initial_losses)
+        return state._replace(initial_losses=initial)
 
     def check(self, state: GradNormState) -> None:
         """Refuses a state of another balancer or optimizer."""

@@ -149,6 +149,10 @@ class Simple(NamedTuple):
         """Nothing moves."""
         return self._info(seen, state.weights, state.memory)
 
+    def absent(self, state: State) -> State:
+        """What absent tasks keep: all of it."""
+        return state
+
     def _info(self, seen: Seen, weights: Tensor, memory: Any) -> Info:
         return Info(seen.losses, weights, seen.norms, seen.dot(weights, seen.losses), memory)
 

@@ -210,6 +210,8 @@ def _method(
     if not isinstance(initial_decay, Tensor) and not 0 <= initial_decay <= 1:
         raise ValueError(f"initial_decay={initial_decay} must lie in [0, 1]; 1 keeps the first losses as L(0)")
     check_every(every)
+    if isinstance(burn_in, int):  # between its turns a state stays, so that the burn-in waits for the next one
+        burn_in = -(-burn_in // every) * every
     return Algorithm1(
         alpha, optim.as_optimizer(optimizer), norm_ratios, log_space, floor, burn_in, initial_decay, every
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -41,6 +41,9 @@ class Method(Protocol):
 
     def report(self, state: Any, seen: Seen) -> Any:
         """What to log of a step in which nothing moves."""
+
+    def absent(self, state: Any) -> Any:
+        """The state before the step, as far as absent tasks keep it."""
 
 
 class Guarded(NamedTuple):
@@ -82,7 +85,7 @@ class Guarded(NamedTuple):
                 moves = ok if turn is True else ok & turn
                 applied = torch.where(moves if active is None else moves & active, info.weights, state.weights)
                 info = info._replace(weights=applied, total_loss=seen.dot(applied, seen.losses))
-            return settled(new, state, ok, turn, active), info
+            return settled(new, state, ok, turn, active, method.absent), info
 
     def _require(self, stats: TaskStats) -> None:
         field = {"norms": "grad_norms", "example_norms": "grad_norms", "gramian": "gramian"}.get(self.method.needs)
@@ -107,10 +110,12 @@ def accepted(finite: Tensor, active: Tensor | None, update: bool | Tensor) -> Te
     return ok if isinstance(update, bool) else ok & torch.as_tensor(update, device=ok.device)
 
 
-def settled(new: Any, old: Any, ok: Tensor, turn: bool | Tensor, active: Tensor | None) -> Any:
-    """The new state with its step counted, absent tasks as they were; the old one, all of it, if it is refused."""
+def settled(
+    new: Any, old: Any, ok: Tensor, turn: bool | Tensor, active: Tensor | None, absent: Callable[[Any], Any]
+) -> Any:
+    """The new state with its step counted, absent tasks as in `absent(old)`; all of the old one if it is refused."""
     if active is not None and new is not old:
-        new = _without_absent(active, new, old)
+        new = _without_absent(active, new, absent(old))
     if isinstance(turn, Tensor):
         new = choose(turn, new, old)
     return choose(ok, new._replace(step=old.step + 1), old)

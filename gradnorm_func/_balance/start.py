@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from gradnorm_func._core.loss import MultiTaskLoss
-from gradnorm_func._core.tasks import check_named, task_names, task_vector
+from gradnorm_func._core.tasks import Tasks, check_named, task_names, task_vector
 
-# How many tasks there are, or what says so and names them: the `multi_task_loss`, the losses, the heads, their names.
-NumTasks: TypeAlias = int | MultiTaskLoss | Mapping[str, Any] | Sequence[Any] | Tensor
+NumTasks: TypeAlias = int | Tasks  # how many tasks there are, or what says so and names them
 
 
 def task_count(num_tasks: NumTasks) -> int:

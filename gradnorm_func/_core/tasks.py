@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import MultiTaskLoss, StackedHeads
 from gradnorm_func._core.tree import PyTree
+
+# What names the tasks, or has a part for each of them: the loss with its seam, the losses, the heads, a list of names.
+Tasks: TypeAlias = MultiTaskLoss | Mapping[str, Any] | Sequence[Any] | Tensor
 
 
 def task_names(tasks: PyTree) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import optree
@@ -85,6 +85,7 @@ def select(tree: PyTree, where: Where) -> list[int]:
     names = paths(tree)
     if where is None:
         return list(range(len(names)))
+    _check_where(where, names, tree)
     if callable(where):
         selected = [i for i, name in enumerate(names) if where(name)]
         if not selected:
@@ -152,6 +153,10 @@ def check_params(params: PyTree) -> None:
 
 def check_leaves(leaves: list[Any], params: PyTree) -> None:
     """`check_params` of params that have been flattened."""
+    if isinstance(params, (torch.nn.Module, Iterator)):
+        raise ValueError(
+            f"params is a {type(params).__name__}; it takes parameters by name: dict(model.named_parameters())"
+        )
     for index, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
@@ -161,6 +166,19 @@ def check_leaves(leaves: list[Any], params: PyTree) -> None:
             )
     if not leaves:
         raise ValueError("params has no leaves: there is nothing to differentiate")
+
+
+def _check_where(where: Any, names: list[str], tree: PyTree) -> None:
+    """W has a name here: the tensors themselves are others in every step."""
+    for entry in where if isinstance(where, (list, tuple)) else [where]:
+        if isinstance(entry, (Tensor, torch.nn.Module)):
+            name_of = {id(leaf): name for name, leaf in zip(names, flatten(tree)[0], strict=True)}
+            own = [entry] if isinstance(entry, Tensor) else entry.parameters()
+            same = [name_of[id(x)] for x in own if id(x) in name_of]
+            raise ValueError(
+                f"where={type(entry).__name__} is no path: W is named by its dotted path in params, "
+                f"where={(same or names)[0]!r}" + ("" if same else f"; the paths are {_shorten(names)}")
+            )
 
 
 def _below(name: str, prefix: str) -> bool:

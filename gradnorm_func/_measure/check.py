@@ -95,11 +95,10 @@ def _unread(plan: Plan, reach: Reach) -> list[str]:
 def _cut_off(plan: Plan, reach: Reach) -> list[str]:
     """Losses without a gradient; parameters that none depends on, where the losses read other tensors instead."""
     findings = []
-    dead = [repr(task) for task, reads in zip(reach.tasks, reach.reads, strict=True) if not reads]
-    if dead:
+    if reach.dead:
         findings.append(
-            f"losses without a gradient at params: {', '.join(dead)}. Return the 0-d tensor, not .item(), float() or "
-            ".detach() of it"
+            f"losses without a gradient: {', '.join(map(repr, reach.dead))}. Return the 0-d tensor, not .item(), "
+            "float() or .detach() of it"
         )
     paths = _unread(plan, reach)
     if paths and reach.others:

@@ -14,7 +14,7 @@ from gradnorm_func._core.numerics import promoted
 from gradnorm_func._core.tasks import task_vector
 from gradnorm_func._measure.norms import stats_at_leaves
 from gradnorm_func._measure.plan import Measured, Plan, filled, split_aux, weighted_sum
-from gradnorm_func._measure.reach import require_gradients, require_reached
+from gradnorm_func._measure.reach import require_reached, require_tensors
 from gradnorm_func._measure.tape import tape, without_graph
 from gradnorm_func._reduce.stats import TaskStats
 
@@ -24,7 +24,7 @@ def general(plan: Plan) -> Measured:
 
     def record(leaves: list[Tensor]) -> tuple[list[Tensor], Any]:
         losses, aux = split_aux(plan.loss_fn(plan.params(leaves), plan.batch), plan.has_aux)
-        require_gradients(plan, losses)
+        require_tensors(plan, losses)
         return [task_vector(losses)], (losses, aux)
 
     run = tape(record, plan.leaves)

@@ -134,9 +134,16 @@ def plan_of(
 
 def selected(params: Any, treedef: Any, where: Where) -> list[int]:
     """Indices of the leaves that `where` names; names are looked up once for one structure of params."""
-    if torch.compiler.is_compiling() or callable(where):
-        return tree.select(params, where)
-    return list(_selected(treedef, where if isinstance(where, str) or where is None else tuple(where)))
+    if where is not None and not isinstance(where, str):
+        if torch.compiler.is_compiling() or not all(isinstance(path, str) for path in _entries(where)):
+            return tree.select(params, where)
+        where = tuple(_entries(where))
+    return tree.select(params, where) if torch.compiler.is_compiling() else list(_selected(treedef, where))
+
+
+def _entries(where: Any) -> Sequence[Any]:
+    """The paths that `where` lists; itself, if it is no list."""
+    return where if isinstance(where, (list, tuple)) else [where]
 
 
 @lru_cache(maxsize=64)

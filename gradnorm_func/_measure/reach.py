@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.tasks import task_names
-from gradnorm_func._core.tracing import free_to_ask, traced
+from gradnorm_func._core.tracing import free_to_ask
 from gradnorm_func._measure.plan import Plan, split_aux
 from gradnorm_func._measure.tape import leaves_of, nodes
 
@@ -25,6 +25,7 @@ class Reach(NamedTuple):
 
     tasks: list[str]
     reads: list[set[int]]  # of each task, the indices of the leaves
+    dead: list[str]  # tasks whose loss is in no graph
     others: int  # how many other tensors gradients end at
 
 
@@ -33,8 +34,10 @@ def reach_of(plan: Plan) -> Reach:
     leaves = leaves_of(plan.leaves)
     with _same_random_numbers(leaves), torch.enable_grad():
         losses, _ = split_aux(plan.loss_fn(plan.params(leaves), plan.batch), plan.has_aux)
-    rows = [_ends(root, leaves) for root in _roots(losses)]
-    return Reach(task_names(losses), [read for read, _ in rows], len(set().union(*(others for _, others in rows))))
+    tasks, roots = task_names(losses), _roots(losses)
+    reads, others = zip(*(_ends(root, leaves) for root in roots), strict=True)
+    dead = [task for task, root in zip(tasks, roots, strict=True) if root is None]
+    return Reach(tasks, list(reads), dead, len(set().union(*others)))
 
 
 def ends_of(plan: Plan, part: Callable[[list[Tensor]], list[Tensor]]) -> set[int]:
@@ -72,23 +75,20 @@ def _same_random_numbers(leaves: list[Tensor]) -> AbstractContextManager[None]:
     return torch.random.fork_rng({x.device for x in leaves if x.is_cuda})
 
 
-def require_gradients(plan: Plan, losses: Any) -> None:
-    """Refuses a loss that cannot have a gradient, unless its task is absent."""
-    terms = [losses] if isinstance(losses, Tensor) else tree.flatten(tree.by_key(losses))[0]
-    recorded = not traced()
-    dead = [i for i, x in enumerate(terms) if not isinstance(x, Tensor) or (recorded and not x.requires_grad)]
-    if not dead or not plan.whole_step or (plan.active is not None and not free_to_ask(plan.active)):
+def require_tensors(plan: Plan, losses: Any) -> None:
+    """Refuses a loss that is a number and has no gradient, unless its task is absent."""
+    if not plan.whole_step or isinstance(losses, Tensor) or (plan.active is not None and not free_to_ask(plan.active)):
         return
-    names = task_names(losses)
-    if isinstance(losses, Tensor):
-        dead = list(range(len(names)))
-    if plan.active is not None:
-        dead = [i for i in dead if bool(plan.active[i])]
-    if dead:
-        kinds = [f"{names[i]!r} ({type(terms[i % len(terms)]).__name__})" for i in dead]
+    terms = tree.flatten(tree.by_key(losses))[0]
+    numbers = [
+        f"{task_names(losses)[i]!r} ({type(term).__name__})"
+        for i, term in enumerate(terms)
+        if not isinstance(term, Tensor) and (plan.active is None or bool(plan.active[i]))
+    ]
+    if numbers:
         raise ValueError(
-            f"losses without a gradient: {', '.join(kinds)}. Was it taken out of the graph by .item(), float(), .detach() or no_grad? Return the 0-d tensor itself; a task that is absent from this "
-            "batch is left out by mask="
+            f"losses without a gradient: {', '.join(numbers)}. Was it taken out of the graph by .item() or float()? "
+            "Return the 0-d tensor itself; a task that is absent from this batch is left out by mask="
         )
 
 
@@ -99,9 +99,9 @@ def require_reached(plan: Plan, reached: bool) -> None:
 
 
 def require_shared(plan: Plan, norms: Tensor, step: Tensor) -> None:
-    """Refuses, in a first step, a W that at most one of the tasks reads. Zeros alone are no proof: a head may start at
-    zero, so that where they show the graph is asked."""
-    if plan.by_path and free_to_ask(step) and int(step) == 0 and int((norms > 0).sum()) < 2:
+    """Refuses, in a first step, a W that one task reads alone. Zeros are no proof: a head may start at zero, so that
+    where they show the graph is asked."""
+    if plan.by_path and free_to_ask(step) and int(step) == 0 and int((norms > 0).sum()) == 1:
         private = private_where(plan, reach_of(plan))
         if private:
             raise ValueError(private)
@@ -115,10 +115,10 @@ def private_where(plan: Plan, reach: Reach) -> str:
     if not plan.by_path or len(alive) < 2 or len(readers) > 1:
         return ""
     paths = [path for i, path in enumerate(tree.paths(plan.params(plan.leaves))) if i in where]
-    who = f"only the task {readers[0]!r} reads" if readers else "no task reads"
+    who = f"only the task {readers[0]!r} reads it" if readers else "no task reads it"
     return (
-        f"where={paths[0] if len(paths) == 1 else paths!r} is no W: {who} it, and the norms of the others are exactly "
-        "0 there; give the path of the last layer that all tasks share, or None for the default"
+        f"where={paths[0] if len(paths) == 1 else paths!r} is no W: {who}, and norms there are exactly 0 otherwise; "
+        "give the path of the last layer that all tasks share, or None for the default"
     )
 
 

@@ -21,7 +21,7 @@ from gradnorm_func._core.tracing import traced
 from gradnorm_func._measure.crossing import AtZ, Crossing, Trunk, Weighted, linear_leaves
 from gradnorm_func._measure.norms import PerTask
 from gradnorm_func._measure.plan import Measured, Plan, filled, split_aux, weighted_sum
-from gradnorm_func._measure.reach import require_gradients, require_reached, twice_message
+from gradnorm_func._measure.reach import require_reached, require_tensors, twice_message
 from gradnorm_func._measure.tape import Grads, Tape, copy_of, tape
 
 
@@ -139,7 +139,7 @@ def _heads(plan: Plan, loss: MultiTaskLoss, trunk: Trunk, crossing: Crossing) ->
             out = head(params, tree.unflatten(trunk.z_treedef, of_task[: len(z)]), plan.batch)
             outs.append(split_aux(out, plan.has_aux, "a head"))
         values = loss.structure([value for value, _ in outs])
-        require_gradients(plan, values)
+        require_tensors(plan, values)
         return [task_vector(values)], loss.structure([aux for _, aux in outs]) if plan.has_aux else ()
 
     inputs = [*(plan.leaves[i] for i in indices), *chain(*z), *(copy_of(leaf) for leaf in w for _ in range(count))]
@@ -156,7 +156,7 @@ def _stacked(plan: Plan, heads: StackedHeads, trunk: Trunk, crossing: Crossing) 
         copies = tree.unflatten(trunk.z_treedef, inputs[len(indices) :])
         out = heads.mapped(0)(tree.subtree(params, heads.path), copies, plan.batch)
         losses, aux = split_aux(out, plan.has_aux, "a head")
-        require_gradients(plan, losses)
+        require_tensors(plan, losses)
         return [task_vector(losses)], aux
 
     return _Heads(tape(record, [*(plan.leaves[i] for i in indices), *z]), indices, list(z), [], [])

@@ -95,6 +95,7 @@ def train(
         torch.Size([50, 2])
     """
     balancer = gradnorm() if balancer is None else balancer
+    tree.check_params(params)
     leaves, treedef = tree.flatten(params)
     leaves = [leaf.detach().clone() for leaf in leaves]
     stepper = torch.optim.Adam(leaves, lr=1e-3) if optimizer is None else optimizer(leaves)
