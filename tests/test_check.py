@@ -140,3 +140,21 @@ def test_nothing_is_drawn_and_nothing_changed():
     gn.check(noisy, problem.params, problem.batch)
     assert torch.equal(torch.get_rng_state(), before)
     assert not any(leaf.requires_grad or leaf.grad is not None for leaf in problem.params.values())
+
+
+def test_train_says_it_at_its_first_step():
+    """Closed-over modules are refused; what may be meant is warned of, once."""
+    net = model()
+    params, batches = dict(net.named_parameters()), [X] * 3
+    gn.train(params, seam(net), batches, progress=False)
+    with refused("no loss depends on 'trunk.0.bias'", "does loss_fn close over a module?"):
+        gn.train(params, seam(net, ["trunk"]), batches, progress=False)
+    spare = params | {"spare": torch.ones(2, dtype=F64)}
+    with pytest.warns(UserWarning, match="no loss depends on the parameters 'spare': they will not be trained") as said:
+        gn.train(spare, seam(net), batches, progress=False)
+    assert len(said) == 1
+    heads = seam(net).heads | {"price": lambda p, z, x: z.mean().detach()}
+    loss_fn = gn.multi_task_loss(seam(net).backbone, heads)
+    with pytest.warns(UserWarning, match=r"losses without a gradient: 'price'\. Return the 0-d tensor"):
+        gn.train({k: v for k, v in params.items() if "price" not in k}, loss_fn, batches, progress=False)
+    gn.train(params, loss_fn, batches, progress=False, mask=lambda batch: {"kind": True, "price": False})

@@ -68,7 +68,7 @@ def check(
     """
     plan = plan_of(params, loss_fn, batch, where, None, "norms", has_aux=has_aux)
     reach = reach_of(plan)
-    findings = [*_cut_off(plan, reach), private_where(plan, reach), _applied_twice(plan)]
+    findings = [_cut_off(reach), _closed_over(plan, reach), private_where(plan, reach), _applied_twice(plan)]
     if isinstance(loss_fn, MultiTaskLoss):
         findings.append(_past_the_seam(loss_fn, params, batch, where, rtol, has_aux))
     findings = [finding for finding in findings if finding]
@@ -77,14 +77,18 @@ def check(
     return _unread(plan, reach)
 
 
-def unread(loss_fn: LossFn, params: Any, batch: Any) -> list[str]:
-    """The cheap part of `check`, for a first step: it refuses losses without a gradient and closed-over modules, and
-    returns the paths of the parameters that no loss depends on."""
+def doubts(loss_fn: LossFn, params: Any, batch: Any, mask: Any = None) -> list[str]:
+    """The cheap part of `check`, for the first batch of a loop, in which some tasks may be absent: what to warn of.
+
+    Raises for a module that is closed over, which is never meant.
+    """
     plan = plan_of(params, loss_fn, batch, lambda _path: True, None, "losses")
     reach = reach_of(plan)
-    if findings := _cut_off(plan, reach):
-        raise ValueError("\n".join(findings))
-    return _unread(plan, reach)
+    if closed := _closed_over(plan, reach):
+        raise ValueError(closed)
+    paths = [repr(path) for path in _unread(plan, reach)] if mask is None else []
+    found = [f"no loss depends on the parameters {', '.join(paths)}: they will not be trained"] if paths else []
+    return found if mask is not None or not reach.dead else [_cut_off(reach), *found]
 
 
 def _unread(plan: Plan, reach: Reach) -> list[str]:
@@ -92,21 +96,25 @@ def _unread(plan: Plan, reach: Reach) -> list[str]:
     return [path for i, path in enumerate(tree.paths(plan.params(plan.leaves))) if i not in read]
 
 
-def _cut_off(plan: Plan, reach: Reach) -> list[str]:
-    """Losses without a gradient; parameters that none depends on, where the losses read other tensors instead."""
-    findings = []
-    if reach.dead:
-        findings.append(
-            f"losses without a gradient: {', '.join(map(repr, reach.dead))}. Return the 0-d tensor, not .item(), "
-            "float() or .detach() of it"
-        )
+def _cut_off(reach: Reach) -> str:
+    """Losses that are in no graph."""
+    if not reach.dead:
+        return ""
+    return (
+        f"losses without a gradient: {', '.join(map(repr, reach.dead))}. Return the 0-d tensor, not .item(), float() "
+        "or .detach() of it; a task that is absent from a batch is left out by mask="
+    )
+
+
+def _closed_over(plan: Plan, reach: Reach) -> str:
+    """Parameters that no loss depends on, where the losses read other tensors instead."""
     paths = _unread(plan, reach)
-    if paths and reach.others:
-        findings.append(
-            f"no loss depends on {', '.join(map(repr, paths))}, but they depend on {reach.others} tensors that are not "
-            f"in params: {CLOSED_OVER}"
-        )
-    return findings
+    if not paths or not reach.others:
+        return ""
+    return (
+        f"no loss depends on {', '.join(map(repr, paths))}, but they depend on {reach.others} tensors that are not in "
+        f"params: {CLOSED_OVER}"
+    )
 
 
 def _applied_twice(plan: Plan) -> str:

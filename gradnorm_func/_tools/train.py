@@ -19,6 +19,7 @@ from gradnorm_func._core.loss import LossFn
 from gradnorm_func._core.progress import bar
 from gradnorm_func._core.tasks import task_vector
 from gradnorm_func._core.tree import Params
+from gradnorm_func._measure.check import doubts
 from gradnorm_func._tools.interop import write_grads
 
 Batch = TypeVar("Batch")
@@ -107,6 +108,8 @@ def train(
     run = compiled(step) if compile else step
     history: list[Any] = []
     for batch in bar(batches, progress, "train"):
+        if not history:
+            first_doubts = doubts(loss_fn, current, batch, None if mask is None else mask(batch))
         if state is None:
             state = balancer.init(**init_arguments(loss_fn, current, batch))
         update = balancer.every == 1 or int(state.step) % balancer.every == 0  # a compiled step cannot ask
@@ -118,7 +121,7 @@ def train(
             stepper.step()
             state = state if update else state._replace(step=state.step + 1)
         if not history:
-            _warn_of_zeros(info)
+            _warn(first_doubts + _of_zeros(info))
         history.append(info)
     if not history:
         raise ValueError("batches is empty: there was nothing to train on (a generator can be used only once)")
@@ -135,13 +138,20 @@ def init_arguments(loss_fn: LossFn, params: Any, batch: Any) -> dict[str, Any]:
     return {"num_tasks": losses.shape[0], "dtype": dtype, "device": losses.device}
 
 
-def _warn_of_zeros(info: Any) -> None:
+def _of_zeros(info: Any) -> list[str]:
     """A wrong W shows up as gradients of exactly zero, and nothing would be learned from them."""
     norms = getattr(info, "grad_norms", None)
     zero = [] if norms is None else (norms == 0).nonzero().flatten().tolist()
-    if zero:
-        warnings.warn(
+    return (
+        [
             f"the gradients of tasks {zero} (indices in the order of gn.task_names) are exactly zero at W: "
-            "does `where` name parameters that these losses depend on?",
-            stacklevel=3,
-        )
+            "does `where` name parameters that these losses depend on?"
+        ]
+        if zero
+        else []
+    )
+
+
+def _warn(doubts: list[str]) -> None:
+    if doubts:
+        warnings.warn("; ".join(doubts), stacklevel=3)
