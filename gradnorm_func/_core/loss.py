@@ -124,9 +124,9 @@ def multi_task_loss(
             the parameters themselves what is shared: each `head(params, batch)` gets its own copy of them
             (a PINN's residual, boundary and initial losses on different points).
         heads: `{"name": head}` or a list of heads, `head(params, z, batch) -> scalar`; or `stacked_heads(...)`.
-            A head may read any parameter *except* those of a `shared_linear` used as W; `check_seam` tells.
-        last_shared: `last_shared(params, h) -> z`, the last shared layer: any function, or
-            `shared_linear(...)`, at whose weight the norms are cheapest.
+            A head may read any parameter *except* those of a `shared_linear` used as W; `check` tells.
+        last_shared: `last_shared(params, h) -> z`, the last shared layer, which the backbone then leaves out: any
+            function, or `shared_linear(...)`, at whose weight the norms are cheapest. W is named by `where` alone.
         has_aux: then the backbone returns `(h, aux)` and every head `(loss, aux)`; the aux of the loss is
             `(backbone_aux, heads_aux)`, the second in the structure of `heads`.
 
@@ -183,7 +183,8 @@ def shared_linear(
         activation: an elementwise or any other function of one tensor, or None. It must be deterministic.
 
     Returns:
-        A callable for `multi_task_loss(..., last_shared=...)`. `where=` naming these paths then takes the fast way.
+        A callable for `multi_task_loss(..., last_shared=...)`. W stays z until `where=` names these paths, which then
+        takes the fast way. The backbone must not apply the layer, too: `check` and a step at W say so.
 
     Example:
         >>> import torch, gradnorm_func as gn
