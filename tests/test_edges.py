@@ -122,3 +122,49 @@ def test_one_present_task_writes_no_rounding_into_the_moments(log_space):
     assert torch.equal(state.moments.mean, torch.zeros(3))
     assert torch.equal(state.moments.square, torch.zeros(3))
     torch.testing.assert_close(state.weights, torch.tensor([0.3, 1.7, 1.0]))
+
+
+# ---------------------------------------------------------------------------------------------- norms
+
+
+def test_a_float16_weight_at_the_floor_recovers():
+    """Its cotangent underflowed, so that its norm was 0 or NaN, and it stayed at the floor for ever."""
+    params = {path: leaf.half() for path, leaf in make_problem().params.items()}
+    batch = make_batch(dtype=torch.float16)
+    exact = make_problem(dtype=F64)
+    expected = gn.task_grad_norms(exact.seam, {path: leaf.double() for path, leaf in params.items()}, exact.batch)
+    assert (expected > 0.1).all()
+    balancer = gn.gradnorm(alpha=0.0, optimizer=gn.adam(0.05))
+    state = balancer.init(3, weights=[1e-8, 1.5, 1.5])
+    for t in range(30):
+        grads, state, info = balancer.grad(state, params, make_problem().seam, batch)
+        assert info.finite
+        if t == 0:
+            torch.testing.assert_close(info.grad_norms.double(), expected, rtol=0.02, atol=0)
+            plain = gn.measure(params, make_problem().seam, batch, weights=info.weights, norms_only=True)
+            assert same_bits(grads, plain.grads)
+            assert all(leaf.norm() > 0 for path, leaf in grads.items() if path != "head.0")
+    assert state.weights[0] > 0.05
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_norms_at_a_shared_linear_near_a_stationary_point(bias):
+    """By the Gram identity 2e-7 came out as 0 or 8e-4, for what is added up there cancels."""
+    draw = torch.Generator().manual_seed(0)
+    h, target = torch.randn(6, 40, generator=draw), torch.randn(6, 40, generator=draw)
+    params = {"w": torch.randn(40, 40, generator=draw), "b": torch.randn(40, generator=draw)}
+    h = torch.cat([h, h])  # residuals of opposite signs at equal inputs: the gradient is rounding, their size is not
+    noise = torch.cat([target, -target])
+    heads = {
+        "far": lambda p, z, x: (z - 3).square().mean(),
+        "near": lambda p, z, x: (z * noise).mean() + 1e-6 * z[0, 0],
+    }
+    last = gn.shared_linear("w", "b" if bias else None)
+    loss_fn = gn.multi_task_loss(lambda p, x: x, heads, last_shared=last)
+    where = ["w", "b"] if bias else "w"
+    found = gn.task_grad_norms(loss_fn, params, h, where=where)
+    double = {path: leaf.double() for path, leaf in params.items()}
+    noise = noise.double()
+    expected = gn.task_grad_norms(lambda p, x: loss_fn(p, x), double, h.double(), where=where)
+    assert 1e-7 < expected[1] < 1e-5
+    torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-7)

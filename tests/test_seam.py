@@ -331,7 +331,6 @@ def test_check_finds_randomness() -> None:
         gn.check(gn.multi_task_loss(honest.backbone, noisy), case.params(), case.batch, where="trunk")
 
 
-def test_check_is_for_seams() -> None:
+def test_check_is_for_any_loss() -> None:
     case = make("mlp")
-    with pytest.raises(ValueError, match="multi_task_loss"):
-        gn.check(case.loss_fn(), case.params(), case.batch)
+    assert gn.check(case.loss_fn(), case.params(), case.batch) == []

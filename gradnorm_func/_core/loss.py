@@ -175,7 +175,9 @@ def shared_linear(
 
     Knowing that it is linear, the engine gets the norms at its weight from the gradients at z: by T small
     matrix products, or by the Gram identity :math:`\|B^\top H\|^2 = \langle BB^\top, HH^\top \rangle`,
-    whichever takes fewer multiplications for the shapes at hand.
+    whichever takes fewer multiplications for the shapes at hand. Near a stationary point the terms of the latter
+    cancel: a norm below a hundredth of :math:`\|B\| \|H\|` has few digits in float32. On a CPU in eager mode the direct
+    way is taken then; where nobody may ask (a GPU, a compiler), it is what is reported.
 
     Args:
         weight: path of the weight, shape (out, in), as in `torch.nn.Linear`.

@@ -81,6 +81,14 @@ class Plan(NamedTuple):
             return self.weights, decision
         return self.weights(stats)
 
+    def weighed_afterwards(self) -> Plan:
+        """The plan whose weights are no part of the cotangents: in float16 a small one underflows with its norm, and
+        would never grow again. The heads run back twice for it, unless there is a loss scale."""
+        weights = self.weights
+        if not isinstance(weights, Tensor) or self.loss_scale is not None or self.heads == "own":
+            return self
+        return self._replace(weights=lambda _stats: (weights, ()))
+
     def seeds(self, cotangents: Tensor, dtype: torch.dtype) -> Tensor:
         """The cotangents of the losses, which are of `dtype`, with the loss scale on them."""
         if self.loss_scale is not None:  # in float32: the scale alone may be too large for float16
