@@ -56,7 +56,9 @@ def test_closed_over_modules(form):
     assert gn.check(form(seam(net)), params, X) == []
     with refused("no loss depends on 'kind.bias', 'kind.weight', 'price.bias'", "does loss_fn close over a module?"):
         gn.check(form(seam(net, ["trunk", "kind", "price"])), params, X)
-    with refused("no loss depends on 'kind.bias', 'kind.weight', but they depend on 2 tensors that are not in params"):
+    with refused(
+        "no loss depends on 'kind.bias', 'kind.weight', but losses depend on parameters of such shapes that are not"
+    ):
         gn.check(form(seam(net, ["kind"])), params, X)
     with refused("no loss depends on 'trunk.0.bias', 'trunk.0.weight', 'trunk.2.bias', 'trunk.2.weight'"):
         gn.check(form(seam(net, ["trunk"])), params, X)
@@ -71,6 +73,10 @@ def test_unread_parameters_are_told():
     params = problem.params | {"spare": torch.ones(2), "other": torch.ones(2)}
     for loss_fn in (problem.general, problem.seam, problem.separable):
         assert gn.check(loss_fn, params, problem.batch) == ["other", "spare"]
+    # Neither the points of a PINN nor a fixed network that gives features are modules that were forgotten.
+    points, features = torch.ones((), requires_grad=True), nn.Linear(5, 5, dtype=F64)
+    loss_fn = lambda p, b: problem.general(p, (features(b[0]) * points, b[1]))
+    assert gn.check(loss_fn, params, problem.batch) == ["other", "spare"]
 
 
 @pytest.mark.parametrize(

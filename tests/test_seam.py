@@ -1,4 +1,4 @@
-"""The seam engine's own ways: a linear last layer, stacked heads, check_seam."""
+"""The seam engine's own ways: a linear last layer, stacked heads, check."""
 
 from __future__ import annotations
 
@@ -296,7 +296,7 @@ def test_z_of_any_shape(shape: tuple[int, ...], stacked: bool) -> None:
         assert_same_sum(list(stats.grads.values()), reference(losses, list(leaves.values()), WEIGHTS).total)
 
 
-# ---- check_seam
+# ---- check
 
 
 @pytest.mark.parametrize("last", LASTS)

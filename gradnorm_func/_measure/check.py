@@ -93,7 +93,11 @@ def doubts(loss_fn: LossFn, params: Any, batch: Any, mask: Any = None) -> list[s
 
 def _unread(plan: Plan, reach: Reach) -> list[str]:
     read: set[int] = set().union(*reach.reads)
-    return [path for i, path in enumerate(tree.paths(plan.params(plan.leaves))) if i not in read]
+    return [path for i, path in enumerate(_paths(plan)) if i not in read]
+
+
+def _paths(plan: Plan) -> list[str]:
+    return tree.paths(plan.params(plan.leaves))
 
 
 def _cut_off(reach: Reach) -> str:
@@ -107,13 +111,14 @@ def _cut_off(reach: Reach) -> str:
 
 
 def _closed_over(plan: Plan, reach: Reach) -> str:
-    """Parameters that no loss depends on, where the losses read other tensors instead."""
+    """Parameters that no loss depends on, where losses read others of such shapes instead, which are not in params."""
     paths = _unread(plan, reach)
-    if not paths or not reach.others:
+    shapes = {leaf.shape for path, leaf in zip(_paths(plan), plan.leaves, strict=True) if path in paths}
+    if not shapes & reach.others:
         return ""
     return (
-        f"no loss depends on {', '.join(map(repr, paths))}, but they depend on {reach.others} tensors that are not in "
-        f"params: {CLOSED_OVER}"
+        f"no loss depends on {', '.join(map(repr, paths))}, but losses depend on parameters of such shapes that are not "
+        f"in params: {CLOSED_OVER}"
     )
 
 
@@ -123,7 +128,7 @@ def _applied_twice(plan: Plan) -> str:
     if not isinstance(loss, MultiTaskLoss) or not isinstance(loss.last_shared, SharedLinear):
         return ""
     layer = [loss.last_shared.weight, *([] if loss.last_shared.bias is None else [loss.last_shared.bias])]
-    names = tree.paths(plan.params(plan.leaves))
+    names = _paths(plan)
 
     def backbone(leaves: list[Tensor]) -> list[Tensor]:
         assert loss.backbone is not None

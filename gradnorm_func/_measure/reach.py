@@ -26,7 +26,7 @@ class Reach(NamedTuple):
     tasks: list[str]
     reads: list[set[int]]  # of each task, the indices of the leaves
     dead: list[str]  # tasks whose loss is in no graph
-    others: int  # how many other tensors gradients end at
+    others: set[torch.Size]  # shapes of the parameters of modules that they read beside params
 
 
 def reach_of(plan: Plan) -> Reach:
@@ -37,7 +37,7 @@ def reach_of(plan: Plan) -> Reach:
     tasks, roots = task_names(losses), _roots(losses)
     reads, others = zip(*(_ends(root, leaves) for root in roots), strict=True)
     dead = [task for task, root in zip(tasks, roots, strict=True) if root is None]
-    return Reach(tasks, list(reads), dead, len(set().union(*others)))
+    return Reach(tasks, list(reads), dead, set().union(*others))
 
 
 def ends_of(plan: Plan, part: Callable[[list[Tensor]], list[Tensor]]) -> set[int]:
@@ -48,11 +48,11 @@ def ends_of(plan: Plan, part: Callable[[list[Tensor]], list[Tensor]]) -> set[int
     return set().union(*(_ends(_node(out), leaves)[0] for out in outputs))
 
 
-def _ends(root: Any, leaves: list[Tensor]) -> tuple[set[int], set[int]]:
-    """Where the graph below a node ends: indices of leaves, and other tensors by their id."""
+def _ends(root: Any, leaves: list[Tensor]) -> tuple[set[int], set[torch.Size]]:
+    """Where the graph below a node ends: indices of leaves, and shapes of other parameters."""
     index = {id(leaf): i for i, leaf in enumerate(leaves)}
     ends = [node.variable for node in nodes([root]) if hasattr(node, "variable")]
-    others = {id(end) for end in ends if id(end) not in index}
+    others = {end.shape for end in ends if id(end) not in index and isinstance(end, torch.nn.Parameter)}
     return {index[id(end)] for end in ends if id(end) in index}, others
 
 
