@@ -117,8 +117,8 @@ def _closed_over(plan: Plan, reach: Reach) -> str:
     if not shapes & reach.others:
         return ""
     return (
-        f"no loss depends on {', '.join(map(repr, paths))}, but losses depend on parameters of such shapes that are not "
-        f"in params: {CLOSED_OVER}"
+        f"no loss depends on {', '.join(map(repr, paths))}, but losses depend on parameters of such shapes that are "
+        f"not in params: {CLOSED_OVER}"
     )
 
 
