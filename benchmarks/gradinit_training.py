@@ -198,7 +198,7 @@ def compare(net: str, seeds: Sequence[int], steps: int, init_steps: int) -> dict
         torch.manual_seed(seed)
         modules.append(NETS[net]())
     stacked, _ = torch.func.stack_module_state(modules)
-    start, call = {name: leaf.detach() for name, leaf in stacked.items()}, gn.functional(modules[0])
+    start, call = {name: leaf.detach() for name, leaf in stacked.items()}, gn.functional(modules[0], buffers=False)
 
     def loss_fn(params: Params, rows: Tensor) -> Tensor:
         return nn.functional.cross_entropy(call(params, training.x[rows]), training.y[rows])

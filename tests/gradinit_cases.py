@@ -65,7 +65,7 @@ def minibatches(case: str, count: int = STEPS, size: int = 6) -> list[tuple[Tens
 def problem(case: str) -> tuple[dict[str, Tensor], Any]:
     """Parameters and cross-entropy of a model."""
     net = model(case)
-    call = gn.functional(net)
+    call = gn.functional(net, buffers=False)
     loss_fn = lambda params, batch: nn.functional.cross_entropy(call(params, batch[0]), batch[1])
     return dict(net.named_parameters()), loss_fn
 

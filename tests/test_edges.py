@@ -32,7 +32,7 @@ def test_states_are_float32_at_least(name):
     """0.999 ** t is 1 in bfloat16, and 1 + 0.001 is 1: no step moved a weight."""
     balancer = METHODS[name](None)
     for state in (balancer.init(3), balancer.init(3, dtype=torch.float16)):
-        assert {leaf.dtype for leaf in leaves(state)} <= {torch.float32, torch.int64}
+        assert {leaf.dtype for leaf in leaves(state)} <= {torch.float32, torch.int64, torch.bool}
     assert balancer.init(3, dtype=F64).weights.dtype == F64
     params = {path: leaf.bfloat16() for path, leaf in make_problem().params.items()}
     first = state = balancer.init(3)
@@ -41,7 +41,7 @@ def test_states_are_float32_at_least(name):
         assert info.finite
     assert name == "static" or not same_bits(state._replace(step=first.step), first)
     assert {leaf.dtype for leaf in leaves(grads)} == {torch.bfloat16}
-    assert {leaf.dtype for leaf in leaves(state)} <= {torch.float32, torch.int64}
+    assert {leaf.dtype for leaf in leaves(state)} <= {torch.float32, torch.int64, torch.bool}
 
 
 def test_adam_in_bfloat16_is_adam():

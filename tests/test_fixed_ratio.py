@@ -149,7 +149,7 @@ def test_gradnorm_static_is_the_time_average_of_a_run():
     """The paper's "GradNorm static": a run's history, or its weights, becomes fixed weights."""
     problem = make_problem()
     batches = [make_batch(t) for t in range(6)]
-    _, _, history = gn.train(problem.params, problem.seam, batches, balancer=gn.gradnorm(), progress=False)
+    _, _, history, _ = gn.train(problem.params, problem.seam, batches, balancer=gn.gradnorm(), progress=False)
     mean = gn.mean_weights(history)
     torch.testing.assert_close(mean, history.weights.mean(0))
     torch.testing.assert_close(gn.mean_weights(history.weights, start=4), (history.weights[4] + history.weights[5]) / 2)

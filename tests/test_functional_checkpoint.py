@@ -107,7 +107,9 @@ def test_task_gradients_are_those_at_params(way, train):
     params = {name: torch.randn_like(leaf).requires_grad_() for name, leaf in model.named_parameters()}
     losses, rows = expected_of(model, unchecked, params, x)
     before = copy.deepcopy(model.state_dict())
-    parts = {path: gn.functional(model.get_submodule(path), path) for path in ("trunk", "heads.a", "heads.b")}
+    parts = {
+        path: gn.functional(model.get_submodule(path), path, buffers=False) for path in ("trunk", "heads.a", "heads.b")
+    }
     call = lambda path, params, x: parts[path](params, x)
     found = losses_of(call, params, x)
     for name, loss in found.items():
@@ -122,7 +124,9 @@ def test_task_gradients_by_the_engine(way):
     model, x = Model(run), torch.randn(6, 3, **D)
     params = {name: torch.randn_like(leaf) for name, leaf in model.named_parameters()}
     losses, rows = expected_of(model, unchecked, params, x)
-    parts = {path: gn.functional(model.get_submodule(path), path) for path in ("trunk", "heads.a", "heads.b")}
+    parts = {
+        path: gn.functional(model.get_submodule(path), path, buffers=False) for path in ("trunk", "heads.a", "heads.b")
+    }
     call = lambda path, params, x: parts[path](params, x)
     found_losses, found = gn.task_grads(lambda params, x: losses_of(call, params, x), params, x)
     for i, name in enumerate("ab"):
@@ -212,7 +216,7 @@ def test_a_functional_within_a_functional():
 
         def forward(self, params, x):
             self.inner.run = lambda function, x: self.run(lambda x: function(self.scale(x)), x)
-            return gn.functional(self.inner, "inner")(params, x)
+            return gn.functional(self.inner, "inner", buffers=False)(params, x)
 
     outer, x = Outer(not_reentrant).double().eval(), torch.randn(6, 4, **D)
     mine = {name: torch.randn_like(leaf).requires_grad_() for name, leaf in outer.named_parameters()}

@@ -166,7 +166,7 @@ def test_torch_func_differentiates_through_a_step(form, gamma):
 def test_module_in_module_out():
     net = model("cnn")
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    call = gn.functional(net)
+    call = gn.functional(net, buffers=False)
     loss_fn = lambda params, batch: nn.functional.cross_entropy(call(params, batch[0]), batch[1])
     params, state, _ = gn.gradinit(
         dict(net.named_parameters()), loss_fn, minibatches("cnn", 6), steps=4, progress=False

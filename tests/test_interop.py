@@ -38,7 +38,7 @@ def test_write_grads_lets_any_optimizer_step(kind):
 def test_write_grads_refuses_other_params_and_writes_nothing():
     model = nn.Linear(3, 2)
     for grads, message in [
-        ({"weight": torch.ones(2, 3)}, r"grads has the paths \['weight'\]"),
+        ({"weight": torch.ones(2, 3)}, r"grads and target differ at \['bias'\]: take the gradients of the same"),
         (
             {"weight": torch.ones(2, 3), "bias": torch.ones(3)},
             r"grads\['bias'\] has shape \(3,\), the parameter \(2,\)",

@@ -127,7 +127,7 @@ def test_float64_stays_through_a_training() -> None:
     """Parameters, weights, moments and all that is logged."""
     (params, batch), balancer = problem(), gn.gradnorm(alpha=0.5, log_space=True)
     optimizer = lambda tensors: torch.optim.Adam(tensors, lr=1e-2)
-    params, state, history = gn.train(
+    params, state, history, _ = gn.train(
         params, loss_of("grad of grad"), [batch] * 3, balancer=balancer, optimizer=optimizer, progress=False
     )
     kinds = {leaf.dtype for leaf in leaves(params, state, history)}

@@ -189,7 +189,7 @@ def test_rotations_stay_orthogonal_under_autocast():
 def test_checkpoint_and_train():
     params, loss_fn, batch = problem(torch.float32)
     method = gn.rotograd(D)
-    params, state, history = gn.train(params, loss_fn, [batch] * 5, balancer=method, progress=False)
+    params, state, history, _ = gn.train(params, loss_fn, [batch] * 5, balancer=method, progress=False)
     assert history.cosines.shape == (5, T, T)
     loaded = gn.load_state(method.init(T), gn.state_dict(state))
     assert all(torch.equal(a, b) or a.isnan().all() for a, b in zip(flat(loaded), flat(state), strict=True))

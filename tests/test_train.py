@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import time
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def test_it_is_the_loop_by_hand(name):
     problem = make_problem()
     balancer = BALANCERS[name](None)
     expected, expected_state, infos = by_hand(balancer, problem.params, problem.seam, BATCHES)
-    params, state, history = gn.train(
+    params, state, history, _ = gn.train(
         problem.params, problem.seam, iter(BATCHES), balancer=balancer, optimizer=SGD, progress=False
     )
     assert same_bits(params, expected)
@@ -46,7 +47,7 @@ def test_defaults_are_gradnorm_and_adam():
     problem = make_problem()
     adam = functools.partial(torch.optim.Adam, lr=1e-3)
     expected, expected_state, _ = by_hand(gn.gradnorm(), problem.params, problem.general, BATCHES, adam)
-    params, state, _ = gn.train(problem.params, problem.general, BATCHES, progress=False)
+    params, state, _, _ = gn.train(problem.params, problem.general, BATCHES, progress=False)
     assert same_bits((params, state), (expected, expected_state))
 
 
@@ -55,20 +56,53 @@ def test_nothing_given_is_written_to():
     params = {name: leaf.requires_grad_() for name, leaf in problem.params.items()}
     state = gn.init_state(3, dtype=F64)
     before = [leaf.detach().clone() for leaf in leaves(params, state, BATCHES)]
-    trained, new, history = gn.train(params, problem.seam, BATCHES, state=state, progress=False)
+    trained, new, history, _ = gn.train(params, problem.seam, BATCHES, state=state, progress=False)
     assert same_bits(before, leaves(params, state, BATCHES))
     assert all(leaf.grad is None for leaf in params.values())
-    assert not any(leaf.requires_grad or leaf.grad is not None for leaf in leaves(trained, new, history))
+    assert all(leaf.requires_grad and leaf.grad is None for leaf in leaves(trained)), "to be trained again"
+    assert not any(leaf.requires_grad or leaf.grad is not None for leaf in leaves(new, history))
     assert not same_bits(trained, params)
 
 
 def test_it_goes_on_from_a_state():
     problem = make_problem()
     run = functools.partial(gn.train, loss_fn=problem.seam, optimizer=functools.partial(torch.optim.SGD, lr=0.02))
-    whole, whole_state, _ = run(problem.params, batches=BATCHES, progress=False)
-    half, state, _ = run(problem.params, batches=BATCHES[:3], progress=False)
-    rest, state, _ = run(half, batches=BATCHES[3:], state=state, progress=False)
+    whole, whole_state, _, _ = run(problem.params, batches=BATCHES, progress=False)
+    half, state, _, _ = run(problem.params, batches=BATCHES[:3], progress=False)
+    rest, state, _, _ = run(half, batches=BATCHES[3:], state=state, progress=False)
     assert same_bits((rest, state), (whole, whole_state))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD])
+def test_it_goes_on_bit_for_bit(kind, tmp_path):
+    """By its documented use; dropout in the loss draws what it would have drawn, and the bar changes nothing."""
+    problem = make_problem()
+    loss_fn = lambda params, batch: problem.seam(params, (torch.nn.functional.dropout(batch[0], 0.2), batch[1]))
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    run = functools.partial(gn.train, loss_fn=loss_fn, optimizer=functools.partial(kind, lr=0.02, **options))
+    frozen = {name: leaf.requires_grad_(name != "trunk.0") for name, leaf in problem.params.items()}
+    torch.manual_seed(5)
+    whole = run(frozen, batches=BATCHES)
+    torch.manual_seed(5)
+    half = run(frozen, batches=BATCHES[:3])
+    torch.save({"optimizer": half.optimizer_state, "state": gn.state_dict(half.state)}, tmp_path / "half.pt")
+    saved = torch.load(tmp_path / "half.pt", weights_only=True)
+    random = torch.get_rng_state()
+    for progress in (None, True):  # twice: going on writes to nothing that it was given
+        torch.set_rng_state(random)
+        rest = run(
+            half.params,
+            batches=BATCHES[3:],
+            state=gn.load_state(half.state, saved["state"]),
+            optimizer_state=half.optimizer_state if progress else saved["optimizer"],
+            progress=progress,
+        )
+        assert same_bits((rest.params, rest.state), (whole.params, whole.state))
+        assert same_bits(rest.optimizer_state, whole.optimizer_state)
+    assert torch.equal(rest.params["trunk.0"], frozen["trunk.0"])
+    assert not same_bits(half.params, whole.params)
+    fresh = run(half.params, batches=BATCHES[3:], state=half.state)
+    assert not same_bits(fresh.params, whole.params), "a fresh optimizer has forgotten its moments"
 
 
 @pytest.mark.parametrize("at", [0, 2, 5])
@@ -79,8 +113,8 @@ def test_a_nan_batch_is_skipped(name, at):
     balancer = BALANCERS[name](None)
     bad = (BATCHES[0][0], BATCHES[0][1] * torch.nan)
     run = functools.partial(gn.train, loss_fn=problem.seam, balancer=balancer, optimizer=SGD, progress=False)
-    params, state, history = run(problem.params, batches=[*BATCHES[:at], bad, *BATCHES[at:]])
-    expected, expected_state, _ = run(problem.params, batches=BATCHES)
+    params, state, history, _ = run(problem.params, batches=[*BATCHES[:at], bad, *BATCHES[at:]])
+    expected, expected_state, _, _ = run(problem.params, batches=BATCHES)
     assert same_bits((params, state), (expected, expected_state))
     assert history.finite.tolist() == [t != at for t in range(7)]
 
@@ -91,7 +125,7 @@ def test_a_mask_of_the_batch():
     batches = [(*batch, t) for t, batch in enumerate(BATCHES)]
     balancer = gn.gradnorm()
     expected, expected_state, _ = by_hand(balancer, problem.params, problem.seam, batches, masks=masks)
-    params, state, history = gn.train(
+    params, state, history, _ = gn.train(
         problem.params,
         problem.seam,
         batches,
@@ -107,7 +141,7 @@ def test_a_mask_of_the_batch():
 def test_compile_is_one_graph_and_the_same_run():
     problem = make_problem()
     run = functools.partial(gn.train, problem.params, problem.seam, BATCHES[:4], optimizer=SGD, progress=False)
-    params, state, history = run()
+    plain = run()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     compile_ = torch.compile
     torch.compile = functools.partial(compile_, backend="aot_eager")  # Inductor would take a minute to say the same
@@ -116,14 +150,14 @@ def test_compile_is_one_graph_and_the_same_run():
     finally:
         torch.compile = compile_
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs == 1
-    for ours, theirs in zip(leaves(compiled), leaves(params, state, history), strict=True):
+    for ours, theirs in zip(leaves(compiled), leaves(plain), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
 
 
 def test_bfloat16_parameters_get_float32_weights():
     problem = make_problem(dtype=torch.bfloat16)
     batches = [tuple(x.bfloat16() for x in batch) for batch in BATCHES]
-    params, state, _ = gn.train(problem.params, problem.seam, batches, progress=False)
+    params, state, _, _ = gn.train(problem.params, problem.seam, batches, progress=False)
     assert {leaf.dtype for leaf in params.values()} == {torch.bfloat16}
     assert state.weights.dtype == torch.float32
 
@@ -136,16 +170,34 @@ def test_progress_with_and_without_tqdm(installed, monkeypatch, capsys):
     else:
         monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     problem = make_problem()
-    shown = gn.train(problem.params, problem.seam, BATCHES)
-    assert ("train" in capsys.readouterr().err) == installed
-    assert same_bits(shown, gn.train(problem.params, problem.seam, BATCHES, progress=False))
+    slow = (time.sleep(0.05) or batch for batch in BATCHES)  # or the bar is drawn once only
+    shown = gn.train(problem.params, problem.seam, slow, progress=True)
+    said = capsys.readouterr().err
+    assert ("train" in said) == installed
+    assert ("t2=" in said) == installed, "each task's loss and weight"
+    assert same_bits(shown, gn.train(problem.params, problem.seam, BATCHES))
+    assert not capsys.readouterr().err, "a log is no terminal"
 
 
 def test_the_users_own_balancer_trains():
     problem = make_problem()
-    _, state, history = gn.train(problem.params, problem.seam, BATCHES, balancer=inverse_norm(0.5), progress=False)
+    _, state, history, _ = gn.train(problem.params, problem.seam, BATCHES, balancer=inverse_norm(0.5), progress=False)
     assert history.weights.shape == (6, 3)
     assert state.weights.dtype == F64
+
+
+def test_what_is_no_function_to_an_optimizer_is_an_error():
+    model = torch.nn.Linear(2, 1)
+    params, loss_fn = dict(model.named_parameters()), lambda params, x: [params["weight"].sum(), params["bias"].sum()]
+    for optimizer, message in [
+        (torch.optim.Adam(model.parameters()), r"optimizer=Adam must be a function.*copies of params: functools.part"),
+        (gn.adam(0.1), r"optimizer=Optimizer must be a function"),
+        (lambda leaves: leaves, r"optimizer returned list: it must be"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            gn.train(params, loss_fn, [None], optimizer=optimizer)
+    with pytest.raises(ValueError, match="params"):
+        gn.train(model, loss_fn, [None])
 
 
 def test_no_batches_is_an_error():

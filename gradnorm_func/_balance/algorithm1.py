@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from gradnorm_func._balance.seen import Seen
 from gradnorm_func._core import optim, tree
 from gradnorm_func._core.tasks import task_vector
+from gradnorm_func._core.tracing import free_to_ask
 from gradnorm_func._measure.plan import Needs
 
 
@@ -47,21 +49,49 @@ class Algorithm1(NamedTuple):
     burn_in: int | Tensor | None
     initial_decay: float | Tensor
     every: int
+    normalize: bool
     needs: Needs = "norms"
+
+    def known(self, state: GradNormState) -> Tensor | Callable[[Tensor], Tensor]:
+        """The weights from before the step; a task that is seen for the first time is put into units of its loss."""
+        _check_kind(state)
+        if not self.normalize:
+            return state.weights
+        unset = state.initial_losses.isnan()
+        if free_to_ask(unset) and not unset.any():
+            return state.weights
+        return lambda losses: torch.where(unset, state.weights / units_of(losses), state.weights)
 
     def step(self, state: GradNormState, seen: Seen) -> tuple[GradNormState, GradNormInfo]:
         """Inverse rates, targets, gradient, renormalisation."""
-        w = state.weights
+        w = self.weights(state, seen)
         initial_losses, rates = self.inverse_rates(state, seen)  # r_i = L̃_i / mean_j L̃_j, L̃_i = L_i / L_i(0)
         norms = w * seen.norms  # G_i = w_i ‖∇_W L_i‖
         targets = self.targets(norms, rates, seen)  # mean_j G_j · r_i^α
         gaps = norms - targets
         # ∂/∂w_i of L_grad = Σ_i |G_i − target_i|, the targets being constant; the sign of NaN is 0, hence the last term
         grad = gaps.sign() * seen.norms + 0 * gaps
-        moved, moments = self.descended(state, grad, seen)
-        moved = self.renormalised(state, moved, seen)  # Σ w_i as it was
-        new = GradNormState(moved, initial_losses, state.step, state.weight_sum, moments)
+        units, new_units = self.units(state, initial_losses)  # 1, or |L_i(0)|: of the losses that the weights multiply
+        relative, grad = w * units, grad / units
+        moved, moments = self.descended(state, relative, grad, seen)
+        moved = self.renormalised(state, relative, moved, seen)  # Σ w_i as it was
+        new = GradNormState(moved / new_units, initial_losses, state.step, state.weight_sum, moments)
         return new, _info(seen, w, targets, rates, gaps)
+
+    def weights(self, state: GradNormState, seen: Seen) -> Tensor:
+        """(T,) those of this step's gradient."""
+        applied = self.known(state)
+        return applied if isinstance(applied, Tensor) else applied(seen.losses)
+
+    def units(self, state: GradNormState, initial_losses: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """In what the losses are counted, before and after this step: the algorithm runs on L_i / |L_i(0)|, or L_i."""
+        if not self.normalize:
+            return 1.0, 1.0
+        after = units_of(initial_losses)
+        if self.burn_in is None and not isinstance(self.initial_decay, Tensor) and self.initial_decay == 1:
+            return after, after
+        before = torch.where(state.initial_losses.isnan(), initial_losses, state.initial_losses)
+        return units_of(before), after
 
     def inverse_rates(self, state: GradNormState, seen: Seen) -> tuple[Tensor, Tensor]:
         """L(0), of a task's first loss that is not 0, and r. With α = 0 rates are only reported."""
@@ -84,9 +114,8 @@ class Algorithm1(NamedTuple):
         ratios = _ratios(self.norm_ratios, norms)
         return targets * ratios / seen.mean(ratios)
 
-    def descended(self, state: GradNormState, grad: Tensor, seen: Seen) -> tuple[Tensor, Any]:
-        """The weights one step of their optimizer further, and its moments."""
-        w = state.weights
+    def descended(self, state: GradNormState, w: Tensor, grad: Tensor, seen: Seen) -> tuple[Tensor, Any]:
+        """The weights w one step of their optimizer further, and its moments."""
         if seen.mask is not None:  # a task alone has nothing to be balanced with; its gap is rounding
             grad = torch.where(seen.mask & (seen.mask.sum() > 1), grad, 0.0)
         if not self.log_space:
@@ -96,18 +125,19 @@ class Algorithm1(NamedTuple):
         # w exp(step), scaled in one: however large the step, it does not overflow.
         return state.weight_sum * seen.softmax(w.log() + step), moments
 
-    def renormalised(self, state: GradNormState, moved: Tensor, seen: Seen) -> Tensor:
-        """Above the floor, and with the sum that the weights of the present tasks had."""
+    def renormalised(self, state: GradNormState, w: Tensor, moved: Tensor, seen: Seen) -> Tensor:
+        """Above the floor, and with the sum that the weights w of the present tasks had."""
         moved = torch.maximum(moved, self.floor / moved.shape[0] * state.weight_sum)
-        budget = state.weight_sum if seen.mask is None else seen.sum(state.weights)
+        budget = state.weight_sum if seen.mask is None else seen.sum(w)
         return moved * (budget / seen.sum(moved))
 
     def report(self, state: GradNormState, seen: Seen) -> GradNormInfo:
         """What a step would have aimed at, had its norms been measured."""
         _, rates = self.inverse_rates(state, seen)
-        norms = state.weights * seen.norms
+        w = self.weights(state, seen)
+        norms = w * seen.norms
         targets = self.targets(norms, rates, seen)
-        return _info(seen, state.weights, targets, rates, norms - targets)
+        return _info(seen, w, targets, rates, norms - targets)
 
     def absent(self, state: GradNormState) -> GradNormState:
         """What absent tasks keep: at the burn-in step no L(0) from before it, but that of their next loss."""
@@ -118,9 +148,19 @@ class Algorithm1(NamedTuple):
 
     def check(self, state: GradNormState) -> None:
         """Refuses a state of another balancer or optimizer."""
-        if not isinstance(state, GradNormState):
-            raise ValueError(f"state is a {type(state).__name__}, not a GradNormState: make one with gn.init_state(T)")
+        _check_kind(state)
         optim.check_moments(self.optimizer, state.weights, state.moments)
+
+
+def _check_kind(state: Any) -> None:
+    if not isinstance(state, GradNormState):
+        raise ValueError(f"state is a {type(state).__name__}, not a GradNormState: make one with gn.init_state(T)")
+
+
+def units_of(losses: Tensor) -> Tensor:
+    """|L|; a loss that is 0 or NaN has no unit, and counts as it is."""
+    size = losses.abs()
+    return torch.where(size > 0, size, 1.0)
 
 
 def _one_for_nan(x: Tensor) -> Tensor:

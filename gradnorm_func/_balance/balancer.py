@@ -116,7 +116,8 @@ def balancer(
         return State(start, step, () if memory is None else memory(start))
 
     method = Simple(rule, kind, every, memory, same_step)
-    return Balancer(init, Weighing(Guarded(method, named or {}), where, same_step, heads, extra), every)
+    weighing = Weighing(Guarded(method, named or {}), where, same_step, heads, extra)
+    return Balancer(init, weighing, every, kind)
 
 
 class Simple(NamedTuple):
@@ -137,6 +138,10 @@ class Simple(NamedTuple):
         expected = () if self.memory is None else self.memory(state.weights)
         if tree.flatten(expected)[1] != tree.flatten(state.memory)[1]:
             raise ValueError("the state was made by another balancer, for its memory is not this one's: use init(T)")
+
+    def known(self, state: State) -> Tensor:
+        """The weights from before the step."""
+        return state.weights
 
     def step(self, state: State, seen: Seen) -> tuple[State, Info]:
         """The rule, once."""

@@ -7,7 +7,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from gradnorm_func._balance.algorithm1 import Algorithm1, GradNormInfo, GradNormState
+from gradnorm_func._balance.algorithm1 import Algorithm1, GradNormInfo, GradNormState, units_of
 from gradnorm_func._balance.balancer import check_every
 from gradnorm_func._balance.guard import Guarded
 from gradnorm_func._balance.protocol import Balancer
@@ -17,11 +17,14 @@ from gradnorm_func._core import optim
 from gradnorm_func._core.tree import Where
 from gradnorm_func._reduce.stats import TaskStats
 
+NORMALIZE = False
+
 
 class GradNormOptions(TypedDict, total=False):
     """The rarer hyperparameters, of all functions of GradNorm; `gradnorm` explains them."""
 
     norm_ratios: Any
+    normalize: bool
     log_space: bool
     floor: float | Tensor
     burn_in: int | Tensor | None
@@ -35,6 +38,7 @@ def init_state(
     weights: Any = None,
     initial_losses: Any = None,
     optimizer: optim.Optimizer | None = None,
+    normalize: bool = NORMALIZE,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> GradNormState:
@@ -69,7 +73,8 @@ def init_state(
     w = start_weights(num_tasks, weights, dtype, device)
     initial = start_vector("initial_losses", initial_losses, num_tasks, torch.nan, dtype, device)
     moments = optim.as_optimizer(optimizer).init(w)
-    return GradNormState(w, initial, torch.zeros((), dtype=torch.int64, device=device), w.sum(), moments)
+    raw = w / units_of(initial) if normalize else w
+    return GradNormState(raw, initial, torch.zeros((), dtype=torch.int64, device=device), w.sum(), moments)
 
 
 def gradnorm(
@@ -78,6 +83,7 @@ def gradnorm(
     where: Where = None,
     optimizer: optim.Optimizer | None = None,
     norm_ratios: Any = None,
+    normalize: bool = NORMALIZE,
     log_space: bool = False,
     floor: float | Tensor = 1e-8,
     burn_in: int | Tensor | None = None,
@@ -133,6 +139,7 @@ def gradnorm(
         alpha,
         optimizer,
         norm_ratios=norm_ratios,
+        normalize=normalize,
         log_space=log_space,
         floor=floor,
         burn_in=burn_in,
@@ -141,10 +148,10 @@ def gradnorm(
     )
 
     def init(num_tasks: NumTasks, **start: Any) -> GradNormState:
-        return init_state(num_tasks, optimizer=method.optimizer, **start)
+        return init_state(num_tasks, optimizer=method.optimizer, normalize=normalize, **start)
 
     guarded = Guarded(method, {"norm_ratios": norm_ratios})
-    return Balancer(init, Weighing(guarded, where, False, "weighted", None), every)
+    return Balancer(init, Weighing(guarded, where, False, "weighted", None), every, method.needs)
 
 
 def gradnorm_balance(
@@ -194,6 +201,7 @@ def _method(
     optimizer: optim.Optimizer | None,
     *,
     norm_ratios: Any = None,
+    normalize: bool = NORMALIZE,
     log_space: bool = False,
     floor: float | Tensor = 1e-8,
     burn_in: int | Tensor | None = None,
@@ -213,5 +221,5 @@ def _method(
     if isinstance(burn_in, int):  # between its turns a state stays, so that the burn-in waits for the next one
         burn_in = -(-burn_in // every) * every
     return Algorithm1(
-        alpha, optim.as_optimizer(optimizer), norm_ratios, log_space, floor, burn_in, initial_decay, every
+        alpha, optim.as_optimizer(optimizer), norm_ratios, log_space, floor, burn_in, initial_decay, every, normalize
     )

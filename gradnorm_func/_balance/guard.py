@@ -36,6 +36,9 @@ class Method(Protocol):
     def check(self, state: Any) -> None:
         """Refuses a state of another method or optimizer."""
 
+    def known(self, state: Any) -> Tensor | Callable[[Tensor], Tensor]:
+        """(T,) the weights of a gradient that the step's norms do not choose; or what makes them of its losses."""
+
     def step(self, state: Any, seen: Seen) -> tuple[Any, Any]:
         """The next state but for its count of steps, and what to log."""
 
@@ -52,7 +55,9 @@ class Guarded(NamedTuple):
     method: Method
     named: Mapping[str, Any] = {}  # its arguments that may be given by name, which are compared with the tasks
 
-    def balance(self, state: Any, stats: TaskStats, mask: Any, update: bool | Tensor) -> tuple[Any, Any]:
+    def balance(
+        self, state: Any, stats: TaskStats, mask: Any, update: bool | Tensor, applied: bool = False
+    ) -> tuple[Any, Any]:
         """One step: all of it, or nothing of it where something is not finite."""
         method = self.method
         method.check(state)
@@ -60,9 +65,12 @@ class Guarded(NamedTuple):
             check_named(stats.losses, grad_norms=stats.grad_norms, mask=mask, **self.named)
         active = mask_vector(mask, state.weights)
         with no_graph(), full_precision(state.weights):
-            raw = seen_of(state.weights, stats, active)
+            raw = seen_of(state.weights, stats, active)._replace(applied=applied)
             seen = without_absent(raw)
             turn = due(state, method.every, update)
+            before = method.known(state)
+            if not isinstance(before, Tensor):
+                before = before(seen.losses)
             if turn is False:
                 info = method.report(state, seen)
                 new, ok = state, raw.finite(raw.losses)
@@ -81,10 +89,10 @@ class Guarded(NamedTuple):
             if update is False:
                 return state, info
             ok = accepted(ok, active, update)
-            if info.weights is not state.weights:  # a step that is refused, and an absent task, keep the old weights
+            if info.weights is not before:  # a step that is refused, and an absent task, keep the old weights
                 moves = ok if turn is True else ok & turn
-                applied = torch.where(moves if active is None else moves & active, info.weights, state.weights)
-                info = info._replace(weights=applied, total_loss=seen.dot(applied, seen.losses))
+                used = torch.where(moves if active is None else moves & active, info.weights, before)
+                info = info._replace(weights=used, total_loss=seen.dot(used, seen.losses))
             return settled(new, state, ok, turn, active, method.absent), info
 
     def _require(self, stats: TaskStats) -> None:

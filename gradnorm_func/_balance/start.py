@@ -41,11 +41,10 @@ def start_vector(
     vector = task_vector(entries, name, dtype).detach().to(dtype=dtype, device=device, copy=True)
     if vector.shape[0] != count:
         raise ValueError(f"{name} has {vector.shape[0]} entries, but num_tasks={count}")
-    if isinstance(entries, Mapping):
-        if isinstance(num_tasks, int):  # nothing to compare the names with yet: the first step does
-            setattr(vector, GIVEN, entries)
-        else:
-            check_named(num_tasks, **{name: entries})
+    if isinstance(entries, Mapping) and not isinstance(num_tasks, int):
+        check_named(num_tasks, **{name: entries})
+    elif isinstance(entries, Mapping) and not torch.compiler.is_compiling():
+        setattr(vector, GIVEN, entries)  # nothing to compare the names with yet: the first step does
     return vector
 
 

@@ -70,6 +70,8 @@ class MultiTaskLoss:
         self.functions: list[Callable[..., Any]] = []
         if not isinstance(heads, StackedHeads):
             self.functions = [heads[name] for name in self.names] if self.names else list(heads)
+        if has_aux:
+            self.functions = [_with_aux(head) for head in self.functions]
 
     def structure(self, per_task: Sequence[Any]) -> Any:
         """What belongs to each task, in task order, in the structure of `heads`."""
@@ -105,6 +107,16 @@ class MultiTaskLoss:
         return losses, (shared_aux, self.structure([out[1] for out in outs]))
 
 
+def _with_aux(head: Callable[..., Any]) -> Callable[..., Any]:
+    """A head that returns its loss alone has an empty aux: often the backbone is the only one that has any."""
+
+    def run(*args: Any) -> Any:
+        out = head(*args)
+        return (out, ()) if isinstance(out, Tensor) else out
+
+    return run
+
+
 def multi_task_loss(
     backbone: Callable[[PyTree, Any], Any] | None,
     heads: Mapping[str, Callable[..., Any]] | Sequence[Callable[..., Any]] | StackedHeads,
@@ -127,8 +139,8 @@ def multi_task_loss(
             A head may read any parameter *except* those of a `shared_linear` used as W; `check` tells.
         last_shared: `last_shared(params, h) -> z`, the last shared layer, which the backbone then leaves out: any
             function, or `shared_linear(...)`, at whose weight the norms are cheapest. W is named by `where` alone.
-        has_aux: then the backbone returns `(h, aux)` and every head `(loss, aux)`; the aux of the loss is
-            `(backbone_aux, heads_aux)`, the second in the structure of `heads`.
+        has_aux: then the backbone returns `(h, aux)` and every head `(loss, aux)`, or the loss alone, and then its aux
+            is (); the aux of the loss is `(backbone_aux, heads_aux)`, the second in the structure of `heads`.
 
     Returns:
         A callable `loss_fn(params, batch) -> losses`, the losses in the structure of `heads`.

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from gradnorm_func._core import tree
+from gradnorm_func._core.trained import Trained
 from gradnorm_func._core.tree import Where
 
 
@@ -25,21 +26,15 @@ def leaves_of(params: Any, where: Where, frozen: Where) -> Leaves:
     """The leaves of params, sorted by what `where` and `frozen` name."""
     tree.check_params(params)
     initial, treedef = tree.flatten(params)
-    first = first_places(initial)
+    first, moved = Trained.of(initial)
     still = set() if frozen is None else {first[i] for i in tree.select(params, frozen)}
-    trained = [i for i in range(len(initial)) if first[i] == i and i not in still]
-    scaled = set(trained)
+    moved = [i for i in moved if i not in still]
+    scaled = set(moved)
     if where is not None:
         scaled &= {first[i] for i in tree.select(params, where)}
     if not scaled:
         raise ValueError(f"where={where!r} and frozen={frozen!r} leave nothing to scale: name less in frozen")
-    return Leaves(initial, treedef, first, trained, scaled)
-
-
-def first_places(leaves: Sequence[Tensor]) -> list[int]:
-    """For every leaf, the index of the first one that is the same tensor."""
-    seen: dict[int, int] = {}
-    return [seen.setdefault(id(leaf), i) for i, leaf in enumerate(leaves)]
+    return Leaves(initial, treedef, first, moved, scaled)
 
 
 def rescaled(leaves: Sequence[Tensor], first: Sequence[int], scales: Tensor) -> list[Tensor]:

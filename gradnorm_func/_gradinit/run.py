@@ -11,6 +11,7 @@ from gradnorm_func._core import tree
 from gradnorm_func._core.compiling import compiled
 from gradnorm_func._core.loss import LossFn
 from gradnorm_func._core.progress import bar
+from gradnorm_func._core.trained import retied
 from gradnorm_func._gradinit.draws import drawn
 from gradnorm_func._gradinit.reinit import reinit_zeros
 from gradnorm_func._gradinit.settings import Options
@@ -30,7 +31,7 @@ def gradinit(
     reinit_std: float | None = None,
     generator: torch.Generator | None = None,
     compile: bool = False,
-    progress: bool = True,
+    progress: bool | None = None,
     **hyper: Unpack[Options],
 ) -> tuple[P, GradInitState, GradInitInfo]:
     r"""Learns the scales of all parameters, and returns the parameters rescaled.
@@ -40,8 +41,8 @@ def gradinit(
         params, _, _ = gn.gradinit(dict(model.named_parameters()), loss_fn, loader, steps=400)
         model.load_state_dict(params, strict=False)
 
-    with `call = gn.functional(model)` and, say, `loss_fn = lambda params, b: cross_entropy(call(params, b[0]), b[1])`.
-    Batch norm then uses the statistics of the batch, and the running ones stay as they are.
+    with `call = gn.functional(model, buffers=False)` and, say, the loss `lambda params, b: cross_entropy(call(params,
+    b[0]), b[1])`. Batch norm then uses the statistics of the batch, and the running ones stay as they are.
 
     Args:
         params, loss_fn: as in `gradinit_step`.
@@ -55,7 +56,7 @@ def gradinit(
             numbers are drawn for all that `where` names.
         generator: of these values.
         compile: run the steps as one compiled graph.
-        progress: show a progress bar, if tqdm is installed.
+        progress: show a progress bar, if tqdm is installed; by default on a terminal only.
         **hyper: of `gradinit_step`: form, p, gamma, eta, where, frozen, optimizer, min_scale, ....
 
     Returns:
@@ -79,6 +80,7 @@ def gradinit(
         raise ValueError(f"steps={steps!r} must be an integer, at least 1")
     if reinit_std is not None:
         params = reinit_zeros(params, reinit_std, where=hyper.get("where"), generator=generator)
+    params = retied(params)
     state = gradinit_init_state(params, optimizer=hyper.get("optimizer"))
 
     def step(state: GradInitState, batch: Any, after: Any) -> tuple[GradInitState, GradInitInfo]:
@@ -97,7 +99,7 @@ def gradinit(
                 "start from smaller parameters (GradInit needs a finite loss to improve on)"
             )
         history.append(info)
-        shown.note(loss=info.loss, norm=info.grad_norm)
+        shown.note({"loss": info.loss, "norm": info.grad_norm})
     stacked: GradInitInfo = tree.tree_map(lambda *rows: torch.stack(rows), *history)
     if not bool(stacked.finite.any()):
         raise ValueError(

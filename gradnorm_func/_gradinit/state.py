@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.tracing import no_graph
-from gradnorm_func._gradinit.leaves import first_places, rescaled
+from gradnorm_func._core.trained import first_places
+from gradnorm_func._gradinit.leaves import rescaled
 from gradnorm_func._gradinit.rescale_adam import AnyOptimizer, pair_of
 
 P = TypeVar("P")

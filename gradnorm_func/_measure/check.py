@@ -77,12 +77,12 @@ def check(
     return _unread(plan, reach)
 
 
-def doubts(loss_fn: LossFn, params: Any, batch: Any, mask: Any = None) -> list[str]:
+def doubts(loss_fn: LossFn, params: Any, batch: Any, mask: Any = None, has_aux: bool = False) -> list[str]:
     """The cheap part of `check`, for the first batch of a loop, in which some tasks may be absent: what to warn of.
 
     Raises for a module that is closed over, which is never meant.
     """
-    plan = plan_of(params, loss_fn, batch, lambda _path: True, None, "losses")
+    plan = plan_of(params, loss_fn, batch, lambda _path: True, None, "losses", has_aux=has_aux)
     reach = reach_of(plan)
     if closed := _closed_over(plan, reach):
         raise ValueError(closed)

@@ -23,6 +23,16 @@ Heads: TypeAlias = Literal["weighted", "own"]
 Rule: TypeAlias = Callable[[TaskStats], tuple[Tensor, Any]]
 
 
+class OfLosses(NamedTuple):
+    """Weights that this step's losses give alone, before anything is pulled back."""
+
+    rule: Callable[[Tensor], Tensor]  # (T,) losses -> (T,) weights
+
+
+# Of the sum to differentiate: known, of the losses, or of all stats of this step.
+Weights: TypeAlias = Tensor | OfLosses | Rule
+
+
 class EngineOptions(TypedDict, total=False):
     """How task gradients are pulled back: all at once, at most some at a time, or one by one."""
 
@@ -49,7 +59,7 @@ class Plan(NamedTuple):
     treedef: Any
     where: list[int] | None  # indices of the leaves of W; None is z
     by_path: bool  # was W named, so that its gradients come as a dict by path?
-    weights: Tensor | Rule | None  # (T,) of the sum to differentiate, or the rule that gives them, or no sum
+    weights: Weights | None  # None: no sum is wanted
     needs: Needs
     heads: Heads = "weighted"  # what they learn from: the weighted sum, or each its own loss
     merges: bool = False  # is all wanted that merging needs: at parameters, the task gradients themselves?
@@ -66,26 +76,30 @@ class Plan(NamedTuple):
         return tree.unflatten(self.treedef, leaves)
 
     def with_losses(self, losses: Tensor) -> tuple[Plan, Any]:
-        """The plan, once the losses are known: a rule that needs nothing else is asked before any pullback."""
-        if isinstance(self.weights, Tensor):
-            if self.weights.shape != losses.shape:
-                raise ValueError(wrong_count(losses.shape[0], self.weights.numel()))
-        elif self.weights is not None and self.needs == "losses":
+        """The plan, once the losses are known: what needs nothing else is asked before any pullback."""
+        if isinstance(self.weights, OfLosses):
+            return self._replace(weights=self.weights.rule(promoted(losses))), ()
+        if isinstance(self.weights, Tensor) and self.weights.shape != losses.shape:
+            raise ValueError(wrong_count(losses.shape[0], self.weights.numel()))
+        if callable(self.weights) and self.needs == "losses":
             weights, decision = self.weights(TaskStats(promoted(losses)))
             return self._replace(weights=weights), decision
         return self, ()
 
     def decide(self, stats: TaskStats, decision: Any) -> tuple[Tensor | None, Any]:
         """The weights of this step: those that came with the plan, or what the rule makes of the stats."""
-        if self.weights is None or isinstance(self.weights, Tensor):
-            return self.weights, decision
-        return self.weights(stats)
+        if callable(self.weights):
+            return self.weights(stats)
+        assert not isinstance(self.weights, OfLosses), "with_losses has asked it"
+        return self.weights, decision
 
     def weighed_afterwards(self) -> Plan:
         """The plan whose weights are no part of the cotangents: in float16 a small one underflows with its norm, and
         would never grow again. The heads run back twice for it, unless there is a loss scale."""
         weights = self.weights
-        if not isinstance(weights, Tensor) or self.loss_scale is not None or self.heads == "own":
+        if not isinstance(weights, Tensor) or self.needs == "losses" or self.heads == "own":
+            return self
+        if self.loss_scale is not None:
             return self
         return self._replace(weights=lambda _stats: (weights, ()))
 
@@ -113,7 +127,7 @@ class Plan(NamedTuple):
 
 
 def plan_of(
-    params: Any, loss_fn: LossFn, batch: Any, where: Where, weights: Tensor | Rule | None, needs: Needs, **options: Any
+    params: Any, loss_fn: LossFn, batch: Any, where: Where, weights: Weights | None, needs: Needs, **options: Any
 ) -> Plan:
     """The plan of a pass, with all that can be checked before it."""
     if not callable(loss_fn):

@@ -30,11 +30,11 @@ def seam(plan: Plan, crossing_of: Callable[[Plan], Crossing] = Weighted) -> Meas
     loss = plan.loss_fn
     assert isinstance(loss, MultiTaskLoss)
     trunk = _trunk(plan, loss, crossing_of(plan).trunk_loss)
-    if crossing_of is Weighted and any(leaf.dtype == torch.float16 for leaf in trunk.z):
-        plan = plan.weighed_afterwards()
     heads = _heads(plan, loss, trunk, crossing_of(plan))
     losses = heads.tape.outputs[0]  # (T,)
     plan, decision = plan.with_losses(losses)
+    if crossing_of is Weighted and any(leaf.dtype == torch.float16 for leaf in trunk.z):
+        plan = plan.weighed_afterwards()
     crossing = crossing_of(plan)
     seeds = crossing.seeds(losses)
 

@@ -1,6 +1,6 @@
 """Bridges to the stateful world: `.grad` for torch.optim, checkpoints, loggers.
 
-The one module that writes to its arguments, and only in `write_grads`.
+The one module that writes to its arguments, and only in `write_grads` and `write_buffers`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.tasks import Tasks, task_names
+from gradnorm_func._core.trained import Trained, apart
 from gradnorm_func._core.tree import Tensors
 
 State = TypeVar("State", bound=Tensors)
@@ -29,39 +30,121 @@ class Info(Protocol):
     def _asdict(self) -> dict[str, Any]: ...
 
 
-def write_grads(target: nn.Module | Iterable[Tensor] | Tensors, grads: Tensors) -> None:
+def write_grads(
+    target: nn.Module | Iterable[Tensor] | Tensors, grads: Tensors, *, finite: Tensor | bool | None = None
+) -> None:
     r"""Writes gradients into `.grad`, for any `torch.optim` optimizer to step on.
+
+    As after `backward`: every `.grad` has memory of its own, parameters that are frozen have none, and one parameter at
+    several places has the sum. Frozen is what does not require grad, unless all of `target` are plain tensors that do
+    not.
 
     Args:
         target: a module, the dict of its named parameters, or any pytree of leaf tensors.
         grads: gradients in the structure of the params that they were taken of; for a module, a dict by name.
+        finite: `info.finite`: if it is False, zeros are written, so that no NaN reaches the optimizer, and nothing
+            waits for the device. (Momentum still moves the parameters. `if info.finite:` around the step leaves it
+            out, and waits.) Not with a `GradScaler`, which is to see what is not finite.
 
     Raises:
-        ValueError: if the structures or shapes differ.
+        ValueError: if the structures or shapes differ, or if all is frozen.
 
     Example:
         >>> import torch, gradnorm_func as gn
         >>> model = torch.nn.Linear(2, 1)
+        >>> model.bias.requires_grad_(False)
+        Parameter containing:...
         >>> gn.write_grads(model, {"weight": torch.ones(1, 2), "bias": torch.ones(1)})
-        >>> model.weight.grad
-        tensor([[1., 1.]])
+        >>> model.weight.grad, model.bias.grad
+        (tensor([[1., 1.]]), None)
     """
-    params = dict(target.named_parameters()) if isinstance(target, nn.Module) else target
-    params = list(params) if isinstance(params, Iterator) else params  # model.parameters()
-    leaves, treedef = tree.flatten(params)
-    grad_leaves, grad_treedef = tree.flatten(grads)
-    if treedef != grad_treedef:
-        raise ValueError(
-            f"grads has the paths {tree.paths(grads)[:4]}..., target {tree.paths(params)[:4]}...: "
-            "take the gradients of the same params"
-        )
+    params, leaves, grad_leaves = _matched(target, grads)
     for path, leaf, grad in zip(tree.paths(params), leaves, grad_leaves, strict=True):
         if leaf.shape != grad.shape:
             raise ValueError(f"grads[{path!r}] has shape {tuple(grad.shape)}, the parameter {tuple(leaf.shape)}")
-    for leaf, grad in zip(leaves, grad_leaves, strict=True):
-        new = grad.detach().to(leaf.dtype)
+    places = Trained.of(leaves)
+    new = [grad.detach() for grad in places.sums(grad_leaves)]
+    if finite is not None:
+        new = [torch.where(torch.as_tensor(finite, device=grad.device), grad, 0.0) for grad in new]
+    for leaf in leaves:
+        leaf.grad = None
+    for i, grad in zip(places.moved, apart(new), strict=True):
+        leaf, grad = leaves[i], grad.to(leaves[i].dtype)
         # In the layout of the parameter, as autograd would write it: fused optimizers read the memory as it lies.
-        leaf.grad = new if new.stride() == leaf.stride() else torch.empty_like(leaf).copy_(new)
+        leaf.grad = grad if grad.stride() == leaf.stride() else torch.empty_like(leaf).copy_(grad)
+
+
+def _matched(target: Any, grads: Any) -> tuple[Any, list[Tensor], list[Tensor]]:
+    """The parameters that the gradients are of, and the leaves of both."""
+    params = dict(target.named_parameters()) if isinstance(target, nn.Module) else target
+    params = list(params) if isinstance(params, Iterator) else params  # model.parameters()
+    if isinstance(target, nn.Module) and isinstance(grads, Mapping) and len(grads) > len(params):
+        params = dict(target.named_parameters(remove_duplicate=False))  # tied parameters under all of their names
+    leaves, treedef = tree.flatten(params)
+    grad_leaves, grad_treedef = tree.flatten(grads)
+    if treedef != grad_treedef:
+        names, grad_names = tree.paths(params), tree.paths(grads)
+        odd = sorted(set(names) ^ set(grad_names)) or names
+        raise ValueError(f"grads and target differ at {odd[:4]}: take the gradients of the same params")
+    return params, leaves, grad_leaves
+
+
+def write_buffers(module: nn.Module, aux: Any) -> None:
+    r"""Writes new buffers into a module, such as the running statistics of batch norm, once a step was taken.
+
+    ::
+
+        trunk = gn.functional(model.trunk, "trunk", buffers=True)          # returns (z, new buffers)
+        loss_fn = gn.multi_task_loss(lambda params, batch: trunk(params, batch["x"]), heads, has_aux=True)
+        grads, state, info, aux = balancer.grad(state, params, loss_fn, batch, has_aux=True)
+        gn.write_grads(model, grads)
+        gn.write_buffers(model, aux)
+
+    Args:
+        module: the whole model.
+        aux: any pytree in which dicts hold tensors under names of the module's buffers, such as the aux of a step; what
+            has another name is left alone.
+
+    Raises:
+        ValueError: if aux holds no buffer of the module, or two values for one: two calls of a part in one loss, and
+            micro-batches, start from the same buffers. Give the second `params | buffers` of the first.
+
+    Example:
+        >>> import torch, gradnorm_func as gn
+        >>> model = torch.nn.BatchNorm1d(2)
+        >>> out, buffers = gn.functional(model, buffers=True)(dict(model.named_parameters()), torch.ones(3, 2))
+        >>> gn.write_buffers(model, buffers)
+        >>> model.num_batches_tracked
+        tensor(1)
+    """
+    buffers = dict(module.named_buffers())
+    new: dict[str, Tensor] = {}
+    for name, value in _named_tensors(aux):
+        if name in new and name in buffers:
+            raise ValueError(
+                f"aux has two values for the buffer {name!r}: both calls started from the same buffers. Give the "
+                "second `params | buffers` of the first, or, for micro-batches, use buffers=False and eval() or "
+                "group norm"
+            )
+        new[name] = value
+    names = [name for name in buffers if name in new]
+    if not names:
+        raise ValueError(
+            f"aux holds none of the module's buffers {list(buffers)[:4]}: return those that gn.functional(part, "
+            "prefix, buffers=True) gives, with the part's path in this module as prefix"
+        )
+    with torch.no_grad():
+        for name in names:
+            buffers[name].copy_(new[name])
+
+
+def _named_tensors(aux: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that stand in dicts anywhere in aux, with their keys."""
+    if isinstance(aux, Mapping):
+        yield from ((name, value) for name, value in aux.items() if isinstance(value, Tensor))
+    children = aux.values() if isinstance(aux, Mapping) else aux if isinstance(aux, (list, tuple)) else ()
+    for child in children:
+        yield from _named_tensors(child)
 
 
 def state_dict(state: Tensors) -> dict[str, Tensor]:

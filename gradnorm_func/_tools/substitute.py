@@ -76,14 +76,15 @@ class Places:
 
     def call(
         self, parameters: list[Tensor], buffers: Mapping[str, Tensor], args: Any, kwargs: Any
-    ) -> tuple[Any, dict[str, Tensor]]:
-        """The module's output, and what it left in its buffers, by name.
+    ) -> tuple[Any, dict[str, Tensor], list[str]]:
+        """The module's output, what it left in its buffers, by name, and the names of those that are new.
 
         `parameters` has one tensor for each of `names`; where `buffers` has none, the module's own buffer is used.
         """
         with self.turn:
             values = [buffers.get(name, holder[key]) for holder, key, name in self.buffers]
-            return Substitution(self, parameters, values).run(self.module, args, kwargs)
+            substitution = Substitution(self, parameters, values)
+            return *substitution.run(self.module, args, kwargs), substitution.changed
 
 
 class Substitution:
@@ -94,6 +95,7 @@ class Substitution:
         self.parameters = parameters
         self.buffers = buffers
         self.running = False
+        self.changed: list[str] = []  # the names of the buffers that the last run left new
 
     def run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
         """The output of a function, and what it left in the buffers, by name; whoever calls this has the turn."""
@@ -105,6 +107,11 @@ class Substitution:
             places.fill([*self.parameters, *(clones.get(id(buffer)) for buffer in self.buffers)])
             _thread.active, self.running = (*outer, self), True
             out = function(*args, **kwargs)
+            self.changed = [
+                name
+                for (holder, key, name), old in zip(places.buffers, self.buffers, strict=True)
+                if name and old is not None and _is_new(holder[key], clones[id(old)])
+            ]
             return out, {name: holder[key] for holder, key, name in places.buffers if name}
         finally:
             _thread.active, self.running = outer, was_running
@@ -116,6 +123,11 @@ class Substitution:
         # and the thread that has the turn waits for it.
         with nullcontext() if self.running else self.places.turn:
             return self.run(function, args, {})[0]
+
+
+def _is_new(tensor: Any, clone: Tensor) -> bool:
+    """Whether another tensor stands in the place of the clone, or something was written to it."""
+    return tensor is not clone or (not clone.is_inference() and clone._version > 0)
 
 
 def _places(holders: list[Any], named: Iterable[tuple[str, Tensor]], dot: str) -> list[Place]:

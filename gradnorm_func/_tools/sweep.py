@@ -17,6 +17,7 @@ from gradnorm_func._core.compiling import compiled
 from gradnorm_func._core.loss import LossFn
 from gradnorm_func._core.optim import Optimizer, adam
 from gradnorm_func._core.progress import bar
+from gradnorm_func._core.trained import Trained
 from gradnorm_func._core.tree import Params
 from gradnorm_func._tools.sweep_grid import Factory, Grid, check_names, combinations_of
 from gradnorm_func._tools.sweep_runs import Plan, Runs, joined, start, step_of
@@ -41,7 +42,7 @@ class SweepResult(NamedTuple, Generic[Params, S, I]):
         return int(torch.where(self.metric.isnan(), torch.inf, self.metric).argmin())
 
     def run(self, index: int) -> tuple[Params, S, I]:
-        """(params, state, history) of one run, as `train` returns them."""
+        """(params, state, history) of one run."""
         one: tuple[Params, S, I] = tree.tree_map(lambda leaf: leaf[index], self[:3])
         return one
 
@@ -59,7 +60,7 @@ def sweep(
     metric: Callable[[Params], Tensor] | None = None,
     chunk_size: int | None = None,
     compile: bool = True,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> SweepResult[Params, GradNormState, GradNormInfo]: ...
 
 
@@ -76,7 +77,7 @@ def sweep(
     metric: Callable[[Params], Tensor] | None = None,
     chunk_size: int | None = None,
     compile: bool = True,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> SweepResult[Params, S, I]: ...
 
 
@@ -92,7 +93,7 @@ def sweep(
     metric: Callable[[Params], Tensor] | None = None,
     chunk_size: int | None = None,
     compile: bool = True,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> SweepResult[Params, Any, Any]:
     r"""Trains every combination of hyperparameters and seeds at once: one loop, with all runs under `vmap`.
 
@@ -101,7 +102,7 @@ def sweep(
 
     Args:
         params: `params(seed)`, a function that makes the parameters of one seed, or, for a single seed, the pytree of
-            tensors that all runs start from.
+            tensors that all runs start from. Frozen and tied ones are as in `train`.
         loss_fn: as in `measure`, without aux. Random numbers drawn in it differ from run to run.
         batches: any iterable: its end is the end of the training. A batch of another shape (a smaller last one)
             is compiled once more.
@@ -117,7 +118,7 @@ def sweep(
         metric: `metric(params) -> scalar`, lower is better, of one run's trained parameters.
         chunk_size: at most that many runs at a time, to bound the memory of activations.
         compile: run a step as one compiled graph.
-        progress: show a progress bar, if tqdm is installed.
+        progress: show a progress bar, if tqdm is installed; by default on a terminal only.
 
     Returns:
         SweepResult(params, state, history, metric, runs), `best` the index of its best run. Runs are ordered as
@@ -149,13 +150,15 @@ def sweep(
     make_balancer = Factory.of(gradnorm() if balancer is None else balancer, "balancer", Balancer, combinations)
     make_optimizer = Factory.of(adam(1e-3) if optimizer is None else optimizer, "optimizer", Optimizer, combinations)
     check_names(combinations, make_balancer, make_optimizer)
-    plan = Plan(loss_fn, combinations, seeds, make_balancer, make_optimizer)
+    starts = [params(seed) if callable(params) else params for seed in seeds]
+    tree.check_params(starts[0])
+    places = Trained.of(tree.flatten(starts[0])[0])
+    plan = Plan(loss_fn, combinations, seeds, make_balancer, make_optimizer, places)
     step = compiled(step_of(plan), dynamic=False) if compile else step_of(plan)
     table: dict[str, Tensor] = {}
     chunks: list[Runs] = []
     for batch in bar(batches, progress, "sweep"):
         if not chunks:
-            starts = [params(seed) if callable(params) else params for seed in seeds]
             table, chunks = start(plan, starts, batch, chunk_size)
         with torch.no_grad():
             for runs in chunks:

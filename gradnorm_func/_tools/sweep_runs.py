@@ -11,8 +11,9 @@ from torch import Tensor
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import LossFn
 from gradnorm_func._core.numerics import choose
+from gradnorm_func._core.trained import Trained
 from gradnorm_func._tools.sweep_grid import Combination, Factory
-from gradnorm_func._tools.train import init_arguments
+from gradnorm_func._tools.train import first_look
 
 
 class Plan(NamedTuple):
@@ -23,6 +24,7 @@ class Plan(NamedTuple):
     seeds: list[int]
     balancer: Factory
     optimizer: Factory
+    places: Trained  # which leaves of params move
 
     def table(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """The hyperparameters and the seed of every run, (R,) each."""
@@ -47,9 +49,8 @@ def start(
     plan: Plan, starts: Sequence[Any], batch: Any, chunk_size: int | None
 ) -> tuple[dict[str, Tensor], list[Runs]]:
     """The table of runs, and the runs themselves in chunks; `starts` are the parameters of each seed."""
-    tree.check_params(starts[0])
     starts = [tree.tree_map(torch.detach, params) for params in starts]
-    init = init_arguments(plan.loss_fn, starts[0], batch)
+    _, init = first_look(plan.loss_fn, starts[0], batch)
     # Hyperparameters are as exact as the weights, and do not widen what they are multiplied with.
     table = plan.table(init["dtype"], init["device"])
 
@@ -57,7 +58,8 @@ def start(
         # One run at a time: what `init` checks, it may look at.
         hyper = {name: column[run] for name, column in table.items() if name != "seed"}
         params = starts[run % len(starts)]
-        moments = [plan.optimizer(hyper).init(leaf) for leaf in tree.flatten(params)[0]]
+        leaves = tree.flatten(params)[0]
+        moments = [plan.optimizer(hyper).init(leaves[i]) for i in plan.places.moved]
         return hyper, (params, moments, plan.balancer(hyper).init(**init))
 
     runs = range(len(table["seed"]))
@@ -79,7 +81,7 @@ def step_of(plan: Plan) -> Callable[[dict[str, Tensor], Any, Any], Any]:
         if finite is None:  # a balancer that does not say so does not keep its state either
             finite = torch.stack([leaf.isfinite().all() for leaf in tree.flatten(grads)[0]]).all()
             new_state = choose(finite, new_state, state)
-        new = _stepped(plan.optimizer(hyper).update, grads, params, moments)
+        new = _stepped(plan.optimizer(hyper).update, plan.places, grads, params, moments)
         return *choose(finite, new, (params, moments)), new_state, info
 
     def step(hyper: dict[str, Tensor], current: Any, batch: Any) -> Any:
@@ -93,12 +95,18 @@ def step_of(plan: Plan) -> Callable[[dict[str, Tensor], Any, Any], Any]:
     return step
 
 
-def _stepped(update: Callable[..., Any], grads: Any, params: Any, moments: list[Any]) -> tuple[Any, list[Any]]:
+def _stepped(
+    update: Callable[..., Any], places: Trained, grads: Any, params: Any, moments: list[Any]
+) -> tuple[Any, list[Any]]:
     """The parameters after a step of their optimizer, and its new moments."""
     leaves, treedef = tree.flatten(params)
-    steps = [update(*row) for row in zip(tree.flatten(grads)[0], moments, leaves, strict=True)]
-    moved = [(leaf + step).to(leaf.dtype) for leaf, (step, _) in zip(leaves, steps, strict=True)]
-    return tree.unflatten(treedef, moved), [moment for _, moment in steps]
+    rows = zip(places.moved, places.sums(tree.flatten(grads)[0]), moments, strict=True)
+    steps = {i: update(grad, moment, leaves[i]) for i, grad, moment in rows}
+    moved = [
+        (leaf + steps[i][0]).to(leaf.dtype) if i in steps else leaf
+        for leaf, i in zip(leaves, places.first, strict=True)
+    ]
+    return tree.unflatten(treedef, moved), [moment for _, moment in steps.values()]
 
 
 def joined(chunks: list[Runs]) -> tuple[Any, Any, Any]:

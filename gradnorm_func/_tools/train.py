@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, overload
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradnorm_func._balance.algorithm1 import GradNormInfo, GradNormState
 from gradnorm_func._balance.gradnorm import gradnorm
@@ -16,13 +17,25 @@ from gradnorm_func._balance.protocol import Balancer
 from gradnorm_func._core import tree
 from gradnorm_func._core.compiling import compiled
 from gradnorm_func._core.loss import LossFn
-from gradnorm_func._core.progress import bar
-from gradnorm_func._core.tasks import task_vector
+from gradnorm_func._core.progress import Bar, bar
+from gradnorm_func._core.tasks import task_names, task_vector
+from gradnorm_func._core.trained import Trained
 from gradnorm_func._core.tree import Params
 from gradnorm_func._measure.check import doubts
-from gradnorm_func._tools.interop import write_grads
+from gradnorm_func._measure.plan import split_aux
+from gradnorm_func._tools.interop import write_buffers, write_grads
 
 Batch = TypeVar("Batch")
+MakeOptimizer: TypeAlias = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+class TrainResult(NamedTuple, Generic[Params, S, I]):
+    """A training so far: what has come of it, and what it takes to go on."""
+
+    params: Params  # the trained parameters
+    state: S  # of the balancer
+    history: I  # the balancer's Info, every field (steps, ...)
+    optimizer_state: dict[str, Any]  # the `state_dict` of the parameters' optimizer
 
 
 @overload
@@ -32,12 +45,14 @@ def train(
     batches: Iterable[Batch],
     *,
     balancer: None = None,
-    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
+    optimizer: MakeOptimizer | None = None,
     state: GradNormState | None = None,
+    optimizer_state: Mapping[str, Any] | None = None,
     mask: Callable[[Batch], Any] | None = None,
+    buffers: nn.Module | None = None,
     compile: bool = False,
-    progress: bool = True,
-) -> tuple[Params, GradNormState, GradNormInfo]: ...
+    progress: bool | None = None,
+) -> TrainResult[Params, GradNormState, GradNormInfo]: ...
 
 
 @overload
@@ -47,12 +62,14 @@ def train(
     batches: Iterable[Batch],
     *,
     balancer: Balancer[S, I],
-    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
+    optimizer: MakeOptimizer | None = None,
     state: S | None = None,
+    optimizer_state: Mapping[str, Any] | None = None,
     mask: Callable[[Batch], Any] | None = None,
+    buffers: nn.Module | None = None,
     compile: bool = False,
-    progress: bool = True,
-) -> tuple[Params, S, I]: ...
+    progress: bool | None = None,
+) -> TrainResult[Params, S, I]: ...
 
 
 def train(
@@ -61,81 +78,133 @@ def train(
     batches: Iterable[Batch],
     *,
     balancer: Balancer[Any, Any] | None = None,
-    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
+    optimizer: MakeOptimizer | None = None,
     state: Any = None,
+    optimizer_state: Mapping[str, Any] | None = None,
     mask: Callable[[Batch], Any] | None = None,
+    buffers: nn.Module | None = None,
     compile: bool = False,
-    progress: bool = True,
-) -> tuple[Params, Any, Any]:
+    progress: bool | None = None,
+) -> TrainResult[Params, Any, Any]:
     r"""Trains params on balanced losses, one step a batch.
 
+    To go on later, bit for bit as if it had not stopped (torch's random numbers are the caller's, as ever)::
+
+        run = gn.train(params, loss_fn, first, optimizer=adam)
+        run = gn.train(run.params, loss_fn, rest, optimizer=adam, state=run.state, optimizer_state=run.optimizer_state)
+
     Args:
-        params: pytree of tensors to start from; it is copied, not trained in place.
-        loss_fn: as in `measure`, without aux.
+        params: pytree of tensors to start from; it is copied, not trained in place. Frozen is what does not require
+            grad, unless all of them are plain tensors that do not; tied parameters stay tied.
+        loss_fn: as in `measure`; without aux, unless there are `buffers`.
         batches: any iterable: its end is the end of the training.
         balancer: `gn.gradnorm(...)` or another balancer; default: GradNorm with its defaults.
         optimizer: the parameters' optimizer, as a function from the list of tensors to a `torch.optim` optimizer, such
             as `functools.partial(torch.optim.Adam, lr=1e-3)`; default: Adam at 1e-3.
         state: the balancer's state to go on from; default: a fresh one.
+        optimizer_state: that of the optimizer to go on from, its learning rate included; default: a fresh one.
         mask: `mask(batch)`, the tasks that a batch has; default: all of them.
+        buffers: a module with batch norm in train mode: `loss_fn` then returns (losses, aux) with the new buffers in
+            aux, as `gn.functional(..., buffers=True)` gives them, and after each step they are written to this module,
+            of which nothing else is changed.
         compile: run losses, gradients and balancing as one compiled graph.
-        progress: show a progress bar, if tqdm is installed.
+        progress: show a progress bar with losses and weights, if tqdm is installed; by default on a terminal only.
 
     Returns:
-        (params, state, history): the trained parameters, the balancer's state, and its Info stacked over the steps,
-        every field (steps, ...). Steps in which `history.finite` is False left everything as it was.
+        (params, state, history, optimizer_state): the trained parameters, the balancer's state, its Info stacked over
+        the steps, every field (steps, ...), and the optimizer's state. Steps in which `history.finite` is False left
+        everything as it was.
 
     Raises:
-        ValueError: if there are no batches, and as `measure` and `balance` do.
+        ValueError: if there are no batches, if all is frozen, if `optimizer` is no such function, and as `measure` and
+            `balance` do.
 
     Example:
         >>> import torch, gradnorm_func as gn
         >>> loss_fn = lambda w, x: {"fit": (x @ w - 1).square().mean(), "size": 100 * w.square().sum()}
-        >>> w, state, history = gn.train(torch.full((3,), 0.5), loss_fn, [torch.eye(3)] * 50, progress=False)
-        >>> history.weights.shape
+        >>> run = gn.train(torch.full((3,), 0.5), loss_fn, [torch.eye(3)] * 50)
+        >>> run.history.weights.shape
         torch.Size([50, 2])
     """
     balancer = gradnorm() if balancer is None else balancer
-    tree.check_params(params)
-    leaves, treedef = tree.flatten(params)
-    leaves = [leaf.detach().clone() for leaf in leaves]
-    stepper = torch.optim.Adam(leaves, lr=1e-3) if optimizer is None else optimizer(leaves)
-    current: Params = tree.unflatten(treedef, leaves)  # always up to date, for the stepper works in place
+    current, stepper = _start(params, optimizer, optimizer_state)  # always up to date, for the stepper works in place
+    has_aux = buffers is not None
 
     def step(state: Any, current: Params, batch: Batch, tasks: Any, update: bool) -> Any:
-        return balancer.grad(state, current, loss_fn, batch, mask=tasks, update=update)
+        grad: Any = balancer.grad
+        return grad(state, current, loss_fn, batch, mask=tasks, update=update, has_aux=has_aux)
 
     run = compiled(step) if compile else step
     history: list[Any] = []
-    for batch in bar(batches, progress, "train"):
+    names: list[str] = []
+    for batch in (shown := bar(batches, progress, "train")):
         if not history:
-            first_doubts = doubts(loss_fn, current, batch, None if mask is None else mask(batch))
-        if state is None:
-            state = balancer.init(**init_arguments(loss_fn, current, batch))
+            first_doubts = doubts(loss_fn, current, batch, None if mask is None else mask(batch), has_aux)
+        if state is None or (shown.shown and not names):
+            names, arguments = first_look(loss_fn, current, batch, has_aux)
+            state = balancer.init(**arguments) if state is None else state
         update = balancer.every == 1 or int(state.step) % balancer.every == 0  # a compiled step cannot ask
-        grads, state, info = run(state, current, batch, None if mask is None else mask(batch), update)
+        grads, state, info, *aux = run(state, current, batch, None if mask is None else mask(batch), update)
         # A step that is not finite must not reach the parameters. Zeroed gradients would still move Adam's moments,
         # so the optimizer is not called at all; this is the loop's one wait for the device.
         if bool(info.finite):
             write_grads(current, grads)
             stepper.step()
+            if buffers is not None:
+                write_buffers(buffers, aux)
             state = state if update else state._replace(step=state.step + 1)
         if not history:
             _warn(first_doubts + _of_zeros(info))
         history.append(info)
+        _show(shown, names, info)
     if not history:
         raise ValueError("batches is empty: there was nothing to train on (a generator can be used only once)")
-    for leaf in leaves:
+    for leaf in tree.flatten(current)[0]:
         leaf.grad = None
-    return current, state, tree.tree_map(lambda *rows: torch.stack(rows), *history)
+    stacked = tree.tree_map(lambda *rows: torch.stack(rows), *history)
+    return TrainResult(current, state, stacked, stepper.state_dict())
 
 
-def init_arguments(loss_fn: LossFn, params: Any, batch: Any) -> dict[str, Any]:
-    """What a balancer's `init` is to be called with: as many tasks as the loss has, in at least float32, beside it."""
-    with torch.no_grad():
-        losses = task_vector(loss_fn(params, batch))
-    dtype = torch.promote_types(losses.dtype, torch.float32)
-    return {"num_tasks": losses.shape[0], "dtype": dtype, "device": losses.device}
+def _start(params: Params, optimizer: Any, optimizer_state: Mapping[str, Any] | None) -> tuple[Params, Any]:
+    """A copy of params, with what is tied and what is frozen in it, and the optimizer of those that move."""
+    tree.check_params(params)
+    leaves, treedef = tree.flatten(params)
+    places = Trained.of(leaves)
+    copies = {i: leaves[i].detach().clone().requires_grad_(leaves[i].requires_grad) for i in set(places.first)}
+    if not callable(optimizer or torch.optim.Adam):
+        raise ValueError(
+            f"optimizer={type(optimizer).__name__} must be a function of the tensors to train, which are copies of "
+            "params: functools.partial(torch.optim.Adam, lr=1e-3)"
+        )
+    moved = [copies[i] for i in places.moved]
+    stepper = torch.optim.Adam(moved, lr=1e-3) if optimizer is None else optimizer(moved)
+    if not hasattr(stepper, "step"):
+        raise ValueError(
+            f"optimizer returned {type(stepper).__name__}: it must be a function from a list of tensors to a "
+            "torch.optim optimizer, such as functools.partial(torch.optim.Adam, lr=1e-3)"
+        )
+    if optimizer_state is not None:
+        stepper.load_state_dict(copy.deepcopy(dict(optimizer_state)))  # whose moments it would otherwise write to
+    return tree.unflatten(treedef, [copies[i] for i in places.first]), stepper
+
+
+def first_look(loss_fn: LossFn, params: Any, batch: Any, has_aux: bool = False) -> tuple[list[str], dict[str, Any]]:
+    """The names of the tasks, and what a balancer's `init` is to be called with: as many tasks as the loss has, in at
+    least float32, beside it."""
+    devices = {leaf.device for leaf in tree.flatten(params)[0] if leaf.device.type == "cuda"}
+    # The steps that follow draw the random numbers that they would draw without this look.
+    with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+        losses = split_aux(loss_fn(params, batch), has_aux)[0]
+        vector = task_vector(losses)
+    dtype = torch.promote_types(vector.dtype, torch.float32)
+    return task_names(losses), {"num_tasks": vector.shape[0], "dtype": dtype, "device": vector.device}
+
+
+def _show(shown: Bar[Any], names: list[str], info: Any) -> None:
+    """Every task's loss and weight beside the bar."""
+    if shown.shown:
+        rows = zip(names, torch.stack([info.losses, info.weights]).T.tolist(), strict=True)
+        shown.note({name: f"{loss:.3g} x {weight:.3g}" for name, (loss, weight) in rows})
 
 
 def _of_zeros(info: Any) -> list[str]:

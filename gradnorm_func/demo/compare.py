@@ -129,7 +129,7 @@ def train(method: Method, data: digits.Digits, seed: int, steps: int, wrap: Call
 
     losses = digits.loss_fn(params, first)
     state = method.start(method.balancer, torch.stack([losses[task] for task in ORDER]))
-    return gn.train(
+    run = gn.train(
         params,
         digits.loss_fn,
         wrap(batches()),
@@ -138,6 +138,7 @@ def train(method: Method, data: digits.Digits, seed: int, steps: int, wrap: Call
         optimizer=functools.partial(torch.optim.Adam, lr=LEARNING_RATE, fused=True),
         progress=False,
     )
+    return run.params, run.state, run.history
 
 
 def change(errors: Tensor, reference: Tensor) -> Tensor:

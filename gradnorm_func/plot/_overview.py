@@ -32,7 +32,7 @@ def overview(history: Any, *, names: Any = None, smooth: int = 1) -> Figure:
         >>> import torch, gradnorm_func as gn
         >>> from gradnorm_func import plot
         >>> loss_fn = lambda w, x: {"fit": (x @ w - 1).square().mean(), "size": 100 * w.square().sum()}
-        >>> _, _, history = gn.train(torch.full((3,), 0.5), loss_fn, [torch.eye(3)] * 50, progress=False)
+        >>> history = gn.train(torch.full((3,), 0.5), loss_fn, [torch.eye(3)] * 50).history
         >>> figure = plot.overview(history, names=["fit", "size"])
         >>> len(figure.axes)
         4

@@ -1,0 +1,183 @@
+"""Buffers that a module in train mode renews: never lost in silence, and as in PyTorch's own loop once written back."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch._dynamo.utils
+from torch import nn
+from toys import same_bits
+
+import gradnorm_func as gn
+
+D = {"dtype": torch.float64}
+ADAM = functools.partial(torch.optim.Adam, lr=0.01)
+WEIGHTS = [0.8, 1.2]
+
+
+class Model(nn.Module):
+    """Batch norm in the trunk and in one head, of an input that is far from normal."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh())
+        self.heads = nn.ModuleDict({"a": nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 1)), "b": nn.Linear(8, 1)})
+        self.double()
+
+    def forward(self, x):
+        z = self.trunk(x)
+        return {name: head(z)[:, 0] for name, head in self.heads.items()}
+
+
+def losses_of(outs, x):
+    return {"a": (outs["a"] - x.sum(1)).square().mean(), "b": (outs["b"] - x[:, 0]).abs().mean()}
+
+
+def batches(steps):
+    draw = torch.Generator().manual_seed(1)
+    return [5 + 2 * torch.randn(64, 3, generator=draw, **D) for _ in range(steps)]
+
+
+def whole(model):
+    """The loss as one function, its buffers as aux."""
+    call = gn.functional(model, buffers=True)
+
+    def loss_fn(params, x):
+        outs, buffers = call(params, x)
+        return losses_of(outs, x), buffers
+
+    return loss_fn
+
+
+def with_seam(model):
+    """The same with its seam; the head without buffers has no aux."""
+    trunk = gn.functional(model.trunk, "trunk", buffers=True)
+    a, b = gn.functional(model.heads["a"], "heads.a", buffers=True), gn.functional(model.heads["b"], "heads.b")
+
+    def head(params, z, x):
+        out, buffers = a(params, z)
+        return losses_of({"a": out[:, 0], "b": x[:, 0]}, x)["a"], {"buffers": buffers, "spread": out.detach().std()}
+
+    heads = {"a": head, "b": lambda params, z, x: losses_of({"a": x.sum(1), "b": b(params, z)[:, 0]}, x)["b"]}
+    return gn.multi_task_loss(lambda params, x: trunk(params, x), heads, has_aux=True)
+
+
+def by_pytorch(model, data):
+    stepper = ADAM(model.parameters())
+    for x in data:
+        stepper.zero_grad()
+        losses = losses_of(model(x), x)
+        (WEIGHTS[0] * losses["a"] + WEIGHTS[1] * losses["b"]).backward()
+        stepper.step()
+
+
+def by_hand(model, loss_fn, data, compiled):
+    balancer, stepper = gn.static(WEIGHTS), ADAM(model.parameters())
+    step = torch.compile(balancer.grad, fullgraph=True, backend="aot_eager") if compiled else balancer.grad
+    state = balancer.init(2, **D)
+    for x in data:
+        params = dict(model.named_parameters())
+        grads, state, _, aux = step(state, params, loss_fn, x, has_aux=True)
+        gn.write_grads(model, grads)
+        gn.write_buffers(model, aux)
+        stepper.step()
+
+
+def by_train(model, loss_fn, data, compiled):
+    run = gn.train(
+        dict(model.named_parameters()), loss_fn, data, balancer=gn.static(WEIGHTS), optimizer=ADAM,
+        buffers=model, compile=compiled,
+    )  # fmt: skip
+    model.load_state_dict(run.params, strict=False)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("loss_of", [whole, with_seam])
+@pytest.mark.parametrize("loop", [by_hand, by_train])
+def test_statistics_move_as_in_pytorch(loop, loss_of, compiled, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch.manual_seed(0)
+    model = Model().train()
+    reference, data = copy.deepcopy(model), batches(20 if compiled else 300)
+    by_pytorch(reference, data)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    loop(model, loss_of(model), data, compiled)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs == int(compiled)
+    for name, value in reference.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-8, atol=1e-10, msg=name)
+    assert model.trunk[1].num_batches_tracked == len(data)
+    if not compiled:
+        x = batches(301)[-1]
+        loss = lambda model: float(sum(losses_of(model(x), x).values()).detach())
+        trained, evaluated = loss(copy.deepcopy(model).train()), loss(model.eval())
+        assert evaluated < 1.5 * trained
+        model.load_state_dict(dict(Model().named_buffers()), strict=False)
+        assert loss(model) > 10 * trained, "with statistics that stand still"
+
+
+def test_a_step_that_is_not_finite_leaves_the_buffers():
+    model = Model()
+    before = copy.deepcopy(dict(model.named_buffers()))
+    gn.train(dict(model.named_parameters()), whole(model), [torch.full((4, 3), torch.nan, **D)], buffers=model)
+    assert same_bits(dict(model.named_buffers()), before)
+
+
+# ---------------------------------------------------------------------------------------------- or are refused
+
+RENEWING = {
+    "batch norm": lambda: nn.BatchNorm1d(3),
+    "without counter": lambda: nn.InstanceNorm1d(3, track_running_stats=True),
+    "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(5, 5)),
+}
+
+
+@pytest.mark.parametrize("kind", RENEWING)
+def test_new_buffers_are_not_lost_in_silence(kind):
+    module, x = nn.Sequential(RENEWING[kind]()).train(), torch.randn(4, 3, 5)
+    params = dict(module.named_parameters())
+    call, before = gn.functional(module), copy.deepcopy(module.state_dict())
+    message = r"new value for its buffer '0\.\w.*buffers=True.*write_buffers\(model, aux\).*buffers=False.*eval\(\)"
+    with pytest.raises(ValueError, match=message):
+        call(params, x)
+    with pytest.raises(ValueError, match=message):
+        torch.func.grad(lambda params: call(params, x).sum())(params)
+    assert same_bits(module.state_dict(), before)
+    expected = copy.deepcopy(module)(x)
+    assert torch.equal(gn.functional(module, buffers=False)(params, x), expected)
+    assert same_bits(module.state_dict(), before)
+    module.eval()
+    call(params, x)
+
+
+def test_new_buffers_are_not_lost_under_a_compiler():
+    module, x = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).train(), torch.randn(4, 3)
+    params = dict(module.named_parameters())
+    step = torch.compile(gn.functional(module), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=r"new value for its buffer '1.running_mean'"):
+        step(params, x)
+    module.eval()
+    torch.testing.assert_close(step(params, x), module(x))
+
+
+# ---------------------------------------------------------------------------------------------- write_buffers
+
+
+def test_write_buffers_refuses_what_it_cannot_place():
+    model, x = Model(), torch.randn(4, 3, **D)
+    params, before = dict(model.named_parameters()), copy.deepcopy(model.state_dict())
+    trunk = gn.functional(model.trunk, "trunk", buffers=True)
+    _, first = trunk(params, x)
+    with pytest.raises(
+        ValueError, match=r"aux has two values for the buffer 'trunk.1.running_mean'.*params \| buffers"
+    ):
+        gn.write_buffers(model, [first, first])
+    _, without_prefix = gn.functional(model.trunk, buffers=True)(
+        {name.removeprefix("trunk."): leaf for name, leaf in params.items()}, x
+    )
+    with pytest.raises(ValueError, match=r"none of the module's buffers \['trunk.1.running_mean'.*path.*as prefix"):
+        gn.write_buffers(model, without_prefix)
+    assert same_bits(model.state_dict(), before)
+    _, second = trunk(params | first, x)
+    gn.write_buffers(model, {"metrics": {"accuracy": torch.ones(())}, "new": [second]})
+    assert model.trunk[1].num_batches_tracked == 2
