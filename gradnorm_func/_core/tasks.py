@@ -36,17 +36,17 @@ def task_names(tasks: PyTree) -> list[str]:
         >>> gn.task_names({"seg": 0.0, "depth": 0.0})
         ['depth', 'seg']
     """
+    if isinstance(tasks, Tensor):
+        return [str(i) for i in range(tasks.numel())]
     if isinstance(tasks, MultiTaskLoss) and not isinstance(tasks.heads, StackedHeads):
         return [str(name) for name in tasks.names or range(len(tasks.functions))]
-    if callable(tasks) and not isinstance(tasks, torch.nn.Module):
+    if isinstance(tasks, (list, tuple)) and tasks and all(isinstance(name, str) for name in tasks):
+        return list(tasks)
+    if not isinstance(tasks, (Mapping, list, tuple, torch.nn.Module)) and callable(tasks):
         raise ValueError(
             f"the tasks of {getattr(tasks, '__name__', type(tasks).__name__)} are not known before it is called: "
             "give the losses, loss_fn(params, batch), or a list of names"
         )
-    if isinstance(tasks, Tensor):
-        return [str(i) for i in range(tasks.numel())]
-    if isinstance(tasks, (list, tuple)) and tasks and all(isinstance(name, str) for name in tasks):
-        return list(tasks)
     return tree.paths(tree.by_key(tasks))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._core import tree
+from gradnorm_func._core.numerics import asked
 from gradnorm_func._core.tasks import task_names
 from gradnorm_func._core.tracing import free_to_ask
 from gradnorm_func._measure.plan import Plan, split_aux
@@ -101,7 +102,7 @@ def require_reached(plan: Plan, reached: bool) -> None:
 def require_shared(plan: Plan, norms: Tensor, step: Tensor) -> None:
     """Refuses, in a first step, a W that one task reads alone. Zeros are no proof: a head may start at zero, so that
     where they show the graph is asked."""
-    if plan.by_path and free_to_ask(step) and int(step) == 0 and int((norms > 0).sum()) == 1:
+    if plan.by_path and asked(step, lambda step: step == 0) and asked(norms, lambda norms: (norms > 0).sum() == 1):
         private = private_where(plan, reach_of(plan))
         if private:
             raise ValueError(private)
