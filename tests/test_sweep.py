@@ -101,7 +101,7 @@ def test_gradnorm_is_the_runs_one_by_one(heads, dtype, where):
 @pytest.mark.parametrize("name", [*BALANCERS, "burn-in", "default"])
 def test_every_balancer(name):
     table = BALANCERS | {
-        "burn-in": lambda where: gn.gradnorm(burn_in=2, initial_decay=0.9, log_space=True, where=where),
+        "burn-in": lambda where: gn.gradnorm(burn_in=2, initial_decay=0.9, form="log", where=where),
         "default": lambda where: None,
     }
     balancer = table[name](None)
