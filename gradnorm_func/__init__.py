@@ -5,16 +5,22 @@ from gradnorm_func._balance.algorithm1 import GradNormInfo, GradNormState
 
 # A balancer of one's own, and the others
 from gradnorm_func._balance.balancer import Info, State, balancer
+from gradnorm_func._balance.dwa import dwa
 from gradnorm_func._balance.equal_norms import equal_norms
+from gradnorm_func._balance.famo import famo
 from gradnorm_func._balance.fixed_ratio import fixed_ratio
+from gradnorm_func._balance.geometric import geometric
 from gradnorm_func._balance.gradnorm import gradnorm, gradnorm_balance, init_state
 from gradnorm_func._balance.gradnorm_step import gradnorm_grad, gradnorm_update
 from gradnorm_func._balance.mgda import mgda
+from gradnorm_func._balance.normalized import normalized
 from gradnorm_func._balance.ntk import ntk
 from gradnorm_func._balance.protocol import Balancer
+from gradnorm_func._balance.relobralo import relobralo
 from gradnorm_func._balance.rlw import rlw
 from gradnorm_func._balance.seen import Seen
 from gradnorm_func._balance.static import mean_weights, static
+from gradnorm_func._balance.stch import stch
 from gradnorm_func._balance.uncertainty import uncertainty
 
 # What a loss is, and the optimizers of the weights
@@ -42,7 +48,7 @@ from gradnorm_func._rotograd.settings import RotoGradState
 
 # Around a step: analysis, plain autograd, modules and checkpoints, loops
 from gradnorm_func._tools.analysis import task_cosine_similarity, task_grad_norms, task_grads, task_gramian
-from gradnorm_func._tools.autograd import fork, measure_losses
+from gradnorm_func._tools.autograd import fork, measure_losses, weigh_trunk
 from gradnorm_func._tools.functional import functional
 from gradnorm_func._tools.interop import check_finite, load_state, log_dict, state_dict, write_buffers, write_grads
 from gradnorm_func._tools.layers import layer_analysis
@@ -69,11 +75,14 @@ __all__ = [
     "balancer",
     "check_finite",
     "check_seam",
+    "dwa",
     "equal_norms",
+    "famo",
     "fixed_ratio",
     "fold_rotations",
     "fork",
     "functional",
+    "geometric",
     "gradinit",
     "gradinit_apply",
     "gradinit_init_state",
@@ -92,8 +101,10 @@ __all__ = [
     "merge",
     "mgda",
     "multi_task_loss",
+    "normalized",
     "ntk",
     "random_rotations",
+    "relobralo",
     "rescale_adam",
     "rlw",
     "rotograd",
@@ -103,6 +114,7 @@ __all__ = [
     "stacked_heads",
     "state_dict",
     "static",
+    "stch",
     "sweep",
     "task_cosine_similarity",
     "task_grad_norms",
@@ -111,6 +123,7 @@ __all__ = [
     "task_names",
     "train",
     "uncertainty",
+    "weigh_trunk",
     "write_buffers",
     "write_grads",
 ]

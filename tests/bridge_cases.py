@@ -43,8 +43,9 @@ BALANCERS = {
     "fixed_ratio": lambda where: gn.fixed_ratio([1.0, 2.0, 3.0], where=where, decay=0.9),
     "static": lambda where: gn.static([0.5, 1.0, 2.0], where=where, norms=True),
     "gramian": lambda where: gn.balancer(least_conflict, needs="gramian", same_step=True, where=where),
+    "own": lambda where: gn.balancer(least_conflict, needs="gramian", same_step=True, heads="own", where=where),
 }
-SAME_STEP = ("fixed_ratio", "gramian")  # whose weights are of this very step
+SAME_STEP = ("fixed_ratio", "gramian", "own")  # whose weights are of this very step
 CONFIGS = [
     Config(route, wrapper, balancer, at, micro)
     for route in ("fork", "inside", "trunk")
@@ -69,6 +70,8 @@ FEW = [
     Config("fork", "ddp", "gramian", "z", 1),
     Config("fork", "fsdp", "gramian", "W", 3),
     Config("inside", "fsdp", "gramian", "z", 2),
+    Config("fork", "ddp", "own", "W", 1),
+    Config("inside", "fsdp", "own", "z", 2),
 ]
 
 
@@ -145,7 +148,11 @@ def lagged(config: Config) -> bool:
 
 
 def needs(config: Config) -> Any:
-    return "gramian" if config.balancer == "gramian" else "norms"
+    return BALANCERS[config.balancer](None).needs
+
+
+def heads(config: Config) -> Any:
+    return "own" if config.balancer == "own" else "weighted"
 
 
 def reference(config: Config, steps: int) -> History:
@@ -159,7 +166,8 @@ def reference(config: Config, steps: int) -> History:
     for step in range(steps):
         batch = make_batch(step)
         if lagged(config):
-            stats = gn.measure(params, loss_fn, batch, weights=state.weights, where=where, needs=needs(config))
+            options = {"where": where, "needs": needs(config), "heads": heads(config)}
+            stats = gn.measure(params, loss_fn, batch, weights=state.weights, **options)
             grads, (state, info) = stats.grads, balancer.balance(state, stats)
         else:
             grads, state, info = balancer.grad(state, params, loss_fn, batch)
@@ -201,7 +209,11 @@ def set_sync(stack: ExitStack, modules: list[nn.Module], sync: bool) -> None:
             module.set_requires_gradient_sync(sync)
 
 
-def weighted(weights: torch.Tensor, losses: dict[str, torch.Tensor]) -> torch.Tensor:
+def total(config: Config, weights: torch.Tensor, losses: dict[str, torch.Tensor], copies: Any) -> torch.Tensor:
+    """What the loop calls backward() of."""
+    if heads(config) == "own":
+        gn.weigh_trunk(copies, weights)
+        return sum(losses.values())
     return sum(w * losses[name] for name, w in zip(gn.task_names(losses), weights, strict=True))
 
 
@@ -265,13 +277,13 @@ class Wrapped:
                 measure = partial(gn.measure_losses, losses, **place, needs=needs(config), num_examples=count)
                 if config.balancer in SAME_STEP and not lagged(config):
                     new = balancer.balance(state, reduce(measure()))
-                    (factor * weighted(new[1].weights, losses)).backward()
+                    (factor * total(config, new[1].weights, losses, copies)).backward()
                 elif config.at == "z" and config.route == "inside":  # of the one backward pass
-                    (factor * weighted(state.weights, losses)).backward()
+                    (factor * total(config, state.weights, losses, copies)).backward()
                     stats.append(measure(weights=state.weights, scale=factor))
                 else:
                     stats.append(measure())
-                    (factor * weighted(state.weights, losses)).backward()
+                    (factor * total(config, state.weights, losses, copies)).backward()
         for name in self.replicated:
             dist.all_reduce(self.named[name].grad)
             self.named[name].grad /= dist.get_world_size()

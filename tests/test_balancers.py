@@ -8,7 +8,7 @@ import torch._dynamo.utils
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-from toys import BALANCERS, leaves, make_batch, make_params, make_problem, same_bits
+from toys import BALANCERS, but_for_looks, leaves, make_batch, make_params, make_problem, same_bits
 
 import gradnorm_func as gn
 from gradnorm_func._balance import guard
@@ -68,7 +68,7 @@ def test_nothing_is_mutated_and_no_graph_is_left(name, path):
         assert all(leaf.grad is None and leaf.grad_fn is None for leaf in params.values())
         assert not any(leaf.requires_grad for leaf in leaves(grads, new, info, updated))
         assert type(new) is type(state)
-        assert_close(new, updated)
+        assert_close(but_for_looks(new), but_for_looks(updated))
         state = new
 
 

@@ -5,14 +5,17 @@ import time
 from functools import lru_cache
 
 import bridge_cases as cases
+import numpy as np
 import optree
 import pytest
+import scipy.optimize
 import torch
 import torch.multiprocessing as mp
 from bridge_cases import CONFIGS, FEW, TASKS, TASKS_DICT, Config
 from models import MAKERS, WEIGHTS, Classic, make
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from toys import BALANCERS as TABLE
 from toys import same_bits
 
 import gradnorm_func as gn
@@ -289,6 +292,82 @@ def test_bad_losses():
     frozen = gn.fork(torch.ones(24, 4, dtype=F64), TASKS_DICT)
     with pytest.raises(ValueError, match="the copies have no graph"):
         gn.measure_losses(cases.losses_of(model, frozen, batch), frozen)
+
+
+@pytest.mark.parametrize("place", ["z", "W"])
+@pytest.mark.parametrize("heads", ["weighted", "own"])
+def test_mgda_in_a_loop_with_its_own_backward(heads, place):
+    """Its weights by scipy, its gradients by a loop over tasks; one task has no head, and reads its copy alone."""
+    model, batch = cases.make_model(), cases.make_batch(0)
+    balancer = gn.mgda() if place == "z" else gn.mgda(where="last.weight")
+    losses, copies = model(batch)
+    at = {"copies": copies} if place == "z" else {"where": model["last"].weight}
+    _, info = balancer.balance(balancer.init(3, dtype=F64), gn.measure_losses(losses, **at, needs=balancer.needs))
+    if heads == "own":
+        gn.weigh_trunk(copies, info.weights)
+        sum(losses.values()).backward()
+    else:
+        sum(w * losses[task] for task, w in zip("abc", info.weights, strict=True)).backward()
+
+    reference = cases.make_model()
+    z = torch.tanh(reference["last"](reference["trunk"](batch["x"])))
+    terms = cases.losses_of(reference, dict.fromkeys(TASKS, z), batch)
+    place_of = z if place == "z" else reference["last"].weight
+    rows = torch.stack([torch.autograd.grad(terms[task], place_of, retain_graph=True)[0].flatten() for task in "abc"])
+    scaled = (rows / rows.norm()).numpy()
+    solution, _ = scipy.optimize.nnls(np.vstack([scaled.T, np.ones(3)]), np.append(np.zeros(rows.shape[1]), 1.0))
+    expected = torch.tensor(solution / solution.sum())
+    assert (expected > 0).sum() >= 2
+    torch.testing.assert_close(info.weights, expected, rtol=1e-8, atol=1e-12)
+    for path, leaf in reference.named_parameters():
+        grads = [torch.autograd.grad(terms[task], leaf, retain_graph=True, materialize_grads=True)[0] for task in "abc"]
+        factors = torch.ones(3, dtype=F64) if heads == "own" and path[0] in "ab" else expected
+        total = sum(factor * grad for factor, grad in zip(factors, grads, strict=True))
+        assert total.norm() > 0
+        torch.testing.assert_close(model.get_parameter(path).grad, total, rtol=1e-8, atol=1e-12)
+
+
+def test_weights_behind_the_heads_and_the_pass_that_is_measured():
+    """Norms of the step's own backward pass, of a z of two leaves; a task that does not read z has none."""
+    leaf = torch.randn(4, 3, dtype=F64, requires_grad=True)
+    copies = gn.fork({"u": leaf.sin(), "v": leaf.cos()}, {"a": 0, "b": 0, "c": 0})
+    free = torch.ones((), dtype=F64, requires_grad=True)
+    terms = lambda z: {"a": z["a"]["u"].square().sum(), "b": z["b"]["u"].sum() * z["b"]["v"].sum(), "c": 2 * free}
+    losses = terms(copies)
+    w = torch.tensor([0.5, -2.0, 3.0], dtype=F64)
+    before = gn.measure_losses(losses, copies, needs="gramian")
+    gn.weigh_trunk(copies, w)
+    sum(losses.values()).backward()
+    assert free.grad == 2
+    plain = terms({task: {"u": leaf.sin(), "v": leaf.cos()} for task in "abc"})
+    (expected,) = torch.autograd.grad(sum(x * plain[task] for task, x in zip("abc", w, strict=True)), leaf)
+    torch.testing.assert_close(leaf.grad, expected, rtol=1e-12, atol=1e-12)
+    after = gn.measure_losses(losses, copies, weights=w, needs="gramian")
+    torch.testing.assert_close(after.gramian, before.gramian, rtol=1e-12, atol=1e-12)
+    assert before.gramian[0, 1] != 0
+    with pytest.raises(ValueError, match="there are 3 copies"):
+        gn.weigh_trunk(copies, w[:2])
+
+
+@pytest.mark.parametrize("name", ["gradnorm-adam", "fixed-ratio", "fixed-ratio-whole", "mgda", "uncertainty", "famo"])
+def test_what_a_rule_needs_is_measured_and_no_more(name):
+    """Without a pass through the heads for a rule that looks at losses, whose second look has no graph."""
+    model, batch, balancer = cases.make_model(), cases.make_batch(0), TABLE[name](None)
+    losses, copies = model(batch)
+    passes = []
+    copies["c"].register_hook(lambda grad: passes.append(grad) and None)
+    stats = gn.measure_losses(losses, copies, needs=balancer.needs)
+    expected = gn.measure(
+        dict(model.named_parameters()), cases.functional_loss(model, linear=False), batch, needs=balancer.needs
+    )
+    for field in ("losses", "grad_norms", "example_norms", "gramian"):
+        torch.testing.assert_close(getattr(stats, field), getattr(expected, field), rtol=1e-10, atol=1e-14)
+    assert len(passes) == (balancer.needs != "losses")
+    state, _ = balancer.balance(balancer.init(3, dtype=F64), stats)
+    if balancer.needs == "losses":
+        with torch.no_grad():
+            after, _ = model(batch)
+        balancer.balance(state, gn.measure_losses(after, needs="losses"))
 
 
 # What the engines measure, by plain autograd

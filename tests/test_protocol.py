@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from toys import BALANCERS, leaves, make_batch, make_problem, same_bits
+from toys import BALANCERS, but_for_looks, leaves, make_batch, make_problem, same_bits
 
 import gradnorm_func as gn
 
@@ -22,7 +22,7 @@ ENGINES = {
 MODES = {"whole": {}, "micro-batches": {"micro_batches": 2}, "reduce": {"reduce": lambda stats: stats}}
 NEEDS = ("losses", "norms", "example_norms", "gramian")
 every_balancer = pytest.mark.parametrize("name", BALANCERS)
-TURNS = [name for name in BALANCERS if name != "static"]  # whose weights move
+TURNS = [name for name in BALANCERS if name not in ("static", "dwa", "relobralo")]  # whose weights move at once
 
 
 def task_gradients(problem, params, batch):
@@ -200,7 +200,7 @@ def test_weights_move_in_every_third_step(name, engine):
         rows = task_gradients(problem, params, batch)
         assert_applied(grads, info.weights, rows, own_paths(balancer, form, where))
         updated = balancer.update(state, params, getattr(problem, form), batch)
-        torch.testing.assert_close(updated, new, rtol=1e-10, atol=1e-13, equal_nan=True)
+        torch.testing.assert_close(but_for_looks(updated), but_for_looks(new), rtol=1e-10, atol=1e-13, equal_nan=True)
         state, params = new, {path: leaf - 0.02 * grads[path] for path, leaf in params.items()}
 
 

@@ -109,10 +109,23 @@ BALANCERS = {
     "ntk": lambda where, **more: ntk(momentum=0.6, **more),
     "static": lambda where, **more: gn.static([0.5, 1.0, 2.0], where=where, norms=True, **more),
     "uncertainty": lambda where, **more: gn.uncertainty(**more),
+    "geometric": lambda where, **more: gn.geometric(**more),
+    "famo": lambda where, **more: gn.famo(**more),
+    "stch": lambda where, **more: gn.stch(1, mu=0.5, warmup=1, **more),
+    "dwa": lambda where, **more: gn.dwa(1, **more),
+    "relobralo": lambda where, **more: gn.relobralo(decay=0.6, keep=0.5, **more),
+    "normalized": lambda where, **more: gn.normalized(where=where, total="rms", **more),
     "rlw": lambda where, **more: gn.rlw(**more),
     "mgda": lambda where, **more: gn.mgda(where=where, **more),
     "user": lambda where, **more: inverse_norm(where=where, **more),
 }
+
+
+def but_for_looks(state):
+    """`update` gives the state that `grad` gives, but that FAMO's is its second look, which waits for no other."""
+    if not hasattr(state, "memory") or not hasattr(state.memory, "pending"):
+        return state
+    return state._replace(memory=state.memory._replace(pending=()))
 
 
 def leaves(*trees):

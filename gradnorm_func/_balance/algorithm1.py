@@ -52,7 +52,7 @@ class Algorithm1(NamedTuple):
     normalize: bool
     needs: Needs = "norms"
 
-    def applied(self, state: GradNormState) -> Tensor | Callable[[Tensor], Tensor]:
+    def known(self, state: GradNormState) -> Tensor | Callable[[Tensor], Tensor]:
         """The weights from before the step; a task that is seen for the first time is put into units of its loss."""
         _check_kind(state)
         if not self.normalize:
@@ -80,7 +80,7 @@ class Algorithm1(NamedTuple):
 
     def weights(self, state: GradNormState, seen: Seen) -> Tensor:
         """(T,) those of this step's gradient."""
-        applied = self.applied(state)
+        applied = self.known(state)
         return applied if isinstance(applied, Tensor) else applied(seen.losses)
 
     def units(self, state: GradNormState, initial_losses: Tensor) -> tuple[Tensor | float, Tensor | float]:

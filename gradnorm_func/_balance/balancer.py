@@ -113,7 +113,7 @@ def balancer(
         return State(start, step, () if memory is None else memory(start))
 
     method = Simple(rule, kind, every, memory, same_step)
-    return Balancer(init, Weighing(Guarded(method), where, same_step, heads, extra), every)
+    return Balancer(init, Weighing(Guarded(method), where, same_step, heads, extra), every, kind)
 
 
 class Simple(NamedTuple):
@@ -135,7 +135,7 @@ class Simple(NamedTuple):
         if tree.flatten(expected)[1] != tree.flatten(state.memory)[1]:
             raise ValueError("the state was made by another balancer, for its memory is not this one's: use init(T)")
 
-    def applied(self, state: State) -> Tensor:
+    def known(self, state: State) -> Tensor:
         """The weights from before the step."""
         return state.weights
 

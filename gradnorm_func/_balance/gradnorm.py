@@ -147,7 +147,7 @@ def gradnorm(
     def init(num_tasks: int, **start: Any) -> GradNormState:
         return init_state(num_tasks, optimizer=method.optimizer, normalize=normalize, **start)
 
-    return Balancer(init, Weighing(Guarded(method), where, False, "weighted", None), every)
+    return Balancer(init, Weighing(Guarded(method), where, False, "weighted", None), every, method.needs)
 
 
 def gradnorm_balance(

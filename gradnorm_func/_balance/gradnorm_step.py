@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gradnorm_func._balance.algorithm1 import GradNormInfo, GradNormState
 from gradnorm_func._balance.gradnorm import GradNormOptions, gradnorm
-from gradnorm_func._balance.protocol import Balancer, PassOptions
+from gradnorm_func._balance.passes import PassOptions
+from gradnorm_func._balance.protocol import Balancer
 from gradnorm_func._core import optim
 from gradnorm_func._core.loss import LossFn
 from gradnorm_func._core.tree import Params, Where

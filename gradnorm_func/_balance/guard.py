@@ -35,7 +35,7 @@ class Method(Protocol):
     def check(self, state: Any) -> None:
         """Refuses a state of another method or optimizer."""
 
-    def applied(self, state: Any) -> Tensor | Callable[[Tensor], Tensor]:
+    def known(self, state: Any) -> Tensor | Callable[[Tensor], Tensor]:
         """(T,) the weights of a gradient that the step's norms do not choose; or what makes them of its losses."""
 
     def step(self, state: Any, seen: Seen) -> tuple[Any, Any]:
@@ -50,16 +50,18 @@ class Guarded(NamedTuple):
 
     method: Method
 
-    def balance(self, state: Any, stats: TaskStats, mask: Any, update: bool | Tensor) -> tuple[Any, Any]:
+    def balance(
+        self, state: Any, stats: TaskStats, mask: Any, update: bool | Tensor, applied: bool = False
+    ) -> tuple[Any, Any]:
         """One step: all of it, or nothing of it where something is not finite."""
         method = self.method
         method.check(state)
         active = mask_vector(mask, state.weights)
         with no_graph(), full_precision(state.weights):
-            raw = seen_of(state.weights, stats, active)
+            raw = seen_of(state.weights, stats, active)._replace(applied=applied)
             seen = without_absent(raw)
             turn = due(state, method.every, update)
-            before = method.applied(state)
+            before = method.known(state)
             if not isinstance(before, Tensor):
                 before = before(seen.losses)
             if turn is False:
@@ -82,8 +84,8 @@ class Guarded(NamedTuple):
             ok = accepted(ok, active, update)
             if info.weights is not before:  # a step that is refused, and an absent task, keep the old weights
                 moves = ok if turn is True else ok & turn
-                applied = torch.where(moves if active is None else moves & active, info.weights, before)
-                info = info._replace(weights=applied, total_loss=seen.dot(applied, seen.losses))
+                used = torch.where(moves if active is None else moves & active, info.weights, before)
+                info = info._replace(weights=used, total_loss=seen.dot(used, seen.losses))
             return settled(new, state, ok, turn, active), info
 
     def _require(self, stats: TaskStats) -> None:

@@ -4,84 +4,27 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypedDict, Unpack, overload
+from typing import Any, Generic, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from gradnorm_func._balance.guard import I, S
+from gradnorm_func._balance.passes import Job, Passes, PassOptions, over_batch
 from gradnorm_func._balance.seen import mask_vector
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import LossFn
 from gradnorm_func._core.numerics import choose
 from gradnorm_func._core.tree import Params
-from gradnorm_func._measure.plan import OfLosses
-from gradnorm_func._reduce.micro import as_params, split
-from gradnorm_func._reduce.stats import Stats, merge
-
-# From the stats of a batch to those of the batches of all ranks: `all_reduce`, or any other.
-Reduce = Callable[[Any], Any]
-
-
-class PassOptions(TypedDict, total=False):
-    """What `grad` and `update` of every balancer take."""
-
-    mask: Any
-    update: bool | Tensor
-    micro_batches: int | None
-    reduce: Reduce | None
-    vectorize: bool
-    chunk_size: int | None
-    loss_scale: float | Tensor | None
-
-
-class Job(NamedTuple):
-    """One call of `grad` or `update`."""
-
-    params: Any
-    loss_fn: LossFn
-    batch: Any
-    mask: Tensor | None  # (T,) bool
-    update: bool | Tensor
-    micro_batches: int | None
-    reduce: Reduce | None
-    options: dict[str, Any]  # of a pass: has_aux, vectorize, chunk_size, loss_scale
-
-
-class Pass(NamedTuple):
-    """What a pass over a batch, or a part of it, has given."""
-
-    stats: Any
-    aux: Any
-    decision: Any = ()  # (state, info), where the method's rule was asked within the pass
-
-
-# What a pass is for: losses or stats alone; the gradient too, with factors that are known; with factors that the method
-# is to find within the pass; or, once they were found in a first round over the parts, the gradient alone.
-Goal: TypeAlias = Literal["losses", "stats", "gradient", "decide", "second"]
-
-
-class Passes(Protocol):
-    """How a method goes over a batch. Factors are what the trunk's gradient is made with: weights, or more."""
-
-    def known(self, state: Any, job: Job) -> Any:
-        """The factors that are known before the pass, or `OfLosses`; None if only this step's stats give them."""
-
-    def measure(self, state: Any, job: Job, batch: Any, goal: Goal, factors: Any, examples: float | None) -> Pass:
-        """One pass; `examples` is the share of this part, None if it is the whole and nothing will be merged."""
-
-    def decide(self, state: Any, stats: Any, job: Job) -> tuple[Any, Any]:
-        """The factors that the stats of the whole give, and the decision, if one was made for them."""
-
-    def balance(self, state: Any, stats: Any, mask: Any, update: bool | Tensor) -> tuple[Any, Any]:
-        """The next state, from the stats of the whole."""
+from gradnorm_func._measure.plan import Needs
 
 
 class Balancer(Generic[S, I]):
     """A balancing method with its hyperparameters bound: four pure functions."""
 
-    def __init__(self, init: Callable[..., S], passes: Passes, every: int = 1) -> None:
+    def __init__(self, init: Callable[..., S], passes: Passes, every: int = 1, needs: Needs = "norms") -> None:
         self._init, self._passes = init, passes
+        self.needs: Needs = needs  # what its rule looks at: for `measure` and `measure_losses`, before `balance`
         self.every = every  # the weights move in every k-th step; what is compiled is told by `update=`
 
     def init(self, num_tasks: int, **start: Any) -> S:
@@ -102,7 +45,7 @@ class Balancer(Generic[S, I]):
 
         Args:
             state: from `init`, or from the step before.
-            stats: from `measure`, `merge`, `all_reduce`, `measure_losses`, or made by hand.
+            stats: from `measure` or `measure_losses` with `needs=balancer.needs`, `merge`, `all_reduce`, or by hand.
             mask: the tasks present in this batch, (T,) bool or a pytree like the losses. Absent tasks keep their part
                 of the state. A tensor that is False everywhere leaves the state as it was.
             update: False, or a 0-d bool tensor that is False, freezes the state.
@@ -112,6 +55,25 @@ class Balancer(Generic[S, I]):
             all of it, and `info.finite` is False.
         """
         return self._passes.balance(state, stats, mask, update)
+
+    def weights(self, state: S, stats: Any, *, mask: Any = None) -> Tensor:
+        """The weights of this step's gradient, where its losses are enough to know them: for a loop with `backward()`.
+
+        They are those of the state, but for methods that need the losses only, and for a task that GradNorm sees for
+        the first time, whose weight is in units of its first loss.
+
+        Args:
+            state: from `init`, or from the step before.
+            stats: the losses: `gn.measure_losses(losses, needs="losses")`, united over ranks by `all_reduce`.
+            mask: as in `balance`.
+
+        Returns:
+            (T,) weights, 0 for absent tasks.
+
+        Raises:
+            ValueError: for a method whose weights are chosen by this step's gradients: `balance` has them.
+        """
+        return self._passes.weights(state, stats, mask)
 
     @overload
     def grad(
@@ -177,7 +139,7 @@ class Balancer(Generic[S, I]):
         """
         job = _job(state, params, loss_fn, batch, has_aux, options)
         factors = self._passes.known(state, job)
-        outcome = _over_batch(self._passes, state, job, "decide" if factors is None else "gradient", factors)
+        outcome = over_batch(self._passes, state, job, "decide" if factors is None else "gradient", factors)
         stats = outcome.stats
         new: Any
         info: Any
@@ -238,7 +200,7 @@ class Balancer(Generic[S, I]):
         job = _job(state, params, loss_fn, batch, has_aux, options)
         if job.update is False and not has_aux:
             return state
-        outcome = _over_batch(self._passes, state, job, "stats", None)
+        outcome = over_batch(self._passes, state, job, "stats", None)
         new, _ = self.balance(state, outcome.stats, mask=job.mask, update=job.update)
         return (new, outcome.aux) if has_aux else new
 
@@ -266,39 +228,3 @@ def _job(state: Any, params: Any, loss_fn: LossFn, batch: Any, has_aux: bool, op
         options.get("reduce"),
         {"has_aux": has_aux, **of_pass},
     )
-
-
-def _over_batch(passes: Passes, state: Any, job: Job, goal: Goal, factors: Any) -> Pass:
-    """The stats of the whole batch and its aux: in one pass, or of the parts here and on all ranks."""
-    if job.micro_batches is None and job.reduce is None:
-        return passes.measure(state, job, job.batch, goal, factors, None)
-    if isinstance(factors, OfLosses):  # of the whole, and so in a round of its own, which runs forwards only
-        whole = _over_parts(passes, state, job, "losses", None).stats.losses
-        outcome = _over_parts(passes, state, job, goal, factors.rule(whole))
-        return outcome._replace(stats=outcome.stats._replace(losses=whole))
-    first = _over_parts(passes, state, job, "stats" if goal == "decide" else goal, factors)
-    if goal != "decide":
-        return first
-    # The factors are known only once all parts have been seen.
-    factors, decision = passes.decide(state, first.stats, job)
-    second = _over_parts(passes, state, job, "second", factors)
-    return Pass(first.stats._replace(grads=second.stats.grads), second.aux, decision)
-
-
-def _over_parts(passes: Passes, state: Any, job: Job, goal: Goal, factors: Any) -> Pass:
-    stats: Stats | None = None
-    auxes = []
-    for part, examples in split(job.batch, job.micro_batches):
-        one = passes.measure(state, job, part, goal, factors, examples)
-        stats = merge(stats, one.stats) if job.micro_batches is not None else one.stats
-        auxes.append(one.aux)
-    assert stats is not None
-    if job.reduce is not None:
-        kind = type(stats)
-        stats = job.reduce(stats)
-        if not isinstance(stats, kind):
-            raise ValueError(
-                f"reduce returned {type(stats).__name__}; it must be a function {kind.__name__} -> {kind.__name__}"
-            )
-    stats = stats._replace(grads=as_params(stats.grads, job.params))
-    return Pass(stats, auxes[0] if job.micro_batches is None else auxes)

@@ -40,11 +40,11 @@ def rlw(*, seed: int = 0, every: int = 1) -> Balancer[State, Info]:
 def _normal(seed: int, step: Tensor, like: Tensor) -> Tensor:
     """(T,) independent normal numbers, by Box and Muller from two hashes of (seed, step, task)."""
     task = torch.arange(like.shape[0], device=like.device)
-    first, second = (_uniform(2 * (step * like.shape[0] + task) + k, seed) for k in (0, 1))
+    first, second = (uniform(2 * (step * like.shape[0] + task) + k, seed) for k in (0, 1))
     return ((-2 * first.log()).sqrt() * (2 * torch.pi * second).cos()).to(like.dtype)
 
 
-def _uniform(counter: Tensor, seed: int) -> Tensor:
+def uniform(counter: Tensor, seed: int) -> Tensor:
     """In (0, 1): an integer hash of 32 bits, kept within int64 so that nothing overflows."""
     x = (counter + 0x9E3779B9 * (seed + 1)) & 0xFFFFFFFF
     for _ in range(2):

@@ -26,6 +26,7 @@ class Seen(NamedTuple):
     gramian: Any = ()  # (T, T) ⟨∇_W L_i, ∇_W L_j⟩; () unless asked for
     extra: Any = ()  # what the method's own `needs` function returned
     mask: Tensor | None = None  # (T,) bool: the tasks that are present; None: all of them
+    applied: bool = False  # are the weights that the rule gives those of a gradient, as in `grad` with `same_step`?
 
     @property
     def active(self) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from gradnorm_func._balance.guard import Guarded, due
-from gradnorm_func._balance.protocol import Goal, Job, Pass
-from gradnorm_func._balance.seen import seen_of, without_absent
+from gradnorm_func._balance.passes import Goal, Job, Pass
+from gradnorm_func._balance.seen import mask_vector, seen_of, without_absent
 from gradnorm_func._core.tree import Where
 from gradnorm_func._measure.measure import stats_of
 from gradnorm_func._measure.plan import Heads, Needs, OfLosses, Weights, plan_of
@@ -32,15 +32,29 @@ class Weighing(NamedTuple):
         method = self.guarded.method
         if self.same_step and due(state, method.every, job.update) is not False:
             return None
-        applied = method.applied(state)
-        if isinstance(applied, Tensor):
-            return _of_active(applied, job.mask)
+        known = method.known(state)
+        if isinstance(known, Tensor):
+            return _of_active(known, job.mask)
 
         def of_losses(losses: Tensor) -> Tensor:
             seen = seen_of(state.weights, TaskStats(losses), job.mask)
-            return _of_active(applied(without_absent(seen).losses), job.mask)
+            return _of_active(known(without_absent(seen).losses), job.mask)
 
         return OfLosses(of_losses)
+
+    def weights(self, state: Any, stats: TaskStats, mask: Any) -> Tensor:
+        """(T,) of this step's gradient, from its losses alone."""
+        if self.same_step and (self.guarded.method.needs != "losses" or self.extra is not None):
+            raise ValueError(
+                "this method chooses its weights by the step's own gradients: measure those, and take info.weights of "
+                "balance(state, stats)"
+            )
+        active = mask_vector(mask, state.weights)
+        if self.same_step:
+            info = self.guarded.balance(state, stats, active, True, applied=True)[1]
+        else:
+            info = self.guarded.balance(state, stats, active, False)[1]
+        return _of_active(info.weights, active)
 
     def measure(self, state: Any, job: Job, batch: Any, goal: Goal, factors: Any, examples: float | None) -> Pass:
         """One pass through the engine that fits the loss."""
@@ -48,7 +62,7 @@ class Weighing(NamedTuple):
         extra = self.extra(job.params, job.loss_fn, batch) if self.extra is not None and not still else ()
 
         def rule(stats: TaskStats) -> tuple[Tensor, Any]:
-            decision = self.balance(state, stats._replace(extra=extra), job.mask, job.update)
+            decision = self.guarded.balance(state, stats._replace(extra=extra), job.mask, job.update, applied=True)
             return _of_active(decision[1].weights, job.mask), decision
 
         weights: Weights | None = rule if goal == "decide" else factors
@@ -70,7 +84,7 @@ class Weighing(NamedTuple):
 
     def decide(self, state: Any, stats: TaskStats, job: Job) -> tuple[Tensor, tuple[Any, Any]]:
         """The rule, asked once, about the whole."""
-        new, info = self.balance(state, stats, job.mask, job.update)
+        new, info = self.guarded.balance(state, stats, job.mask, job.update, applied=True)
         return _of_active(info.weights, job.mask), (new, info)
 
     def balance(self, state: Any, stats: TaskStats, mask: Any, update: bool | Tensor) -> tuple[Any, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from gradnorm_func._core.tracing import no_graph, traced
 from gradnorm_func._core.trained import apart
 from gradnorm_func._core.tree import Tensors, Where
 from gradnorm_func._measure.general import general
-from gradnorm_func._measure.plan import Heads, Measured, Plan, plan_of
+from gradnorm_func._measure.plan import Heads, Measured, Needs, Plan, plan_of
 from gradnorm_func._measure.seam import seam
 from gradnorm_func._measure.separable import separable
 from gradnorm_func._measure.sharded import explain_sharded, sharded, whole_stats
@@ -30,7 +30,7 @@ def measure(
     *,
     weights: Tensor | Callable[[TaskStats], Tensor] | None = None,
     where: Where = None,
-    needs: Literal["losses", "norms", "gramian"] = "norms",
+    needs: Needs = "norms",
     heads: Heads = "weighted",
     norms_only: bool = False,
     num_examples: float | Tensor = 1.0,
@@ -51,8 +51,9 @@ def measure(
             parameters.
         where: W, by dotted path prefix, a list of them, or a predicate on the path. None is z, the representation,
             for a `multi_task_loss` with a backbone, and every parameter otherwise.
-        needs: what to measure of each task's gradient: "norms", "gramian", which has the norms on its diagonal, or
-            "losses", which is nothing of it: the cost is a plain training step's.
+        needs: what to measure of each task's gradient, `balancer.needs` for one: "norms" (or "example_norms": at z both
+            come), "gramian", which has the norms on its diagonal, or "losses", which is nothing of it: the cost is a
+            plain training step's.
         heads: what the heads of a `multi_task_loss` learn from: "weighted", the sum Σ w_i L_i, or "own", each its own
             loss at weight 1, so that only what is shared gets the weighted sum.
         norms_only: at parameters, keep the norms and not the gradients. Cheaper, but such stats cannot be merged.

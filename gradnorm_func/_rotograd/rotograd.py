@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._balance.guard import due
-from gradnorm_func._balance.protocol import Balancer, Goal, Job, Pass
+from gradnorm_func._balance.passes import Goal, Job, Pass
+from gradnorm_func._balance.protocol import Balancer
 from gradnorm_func._core import optim, tree
 from gradnorm_func._core.loss import MultiTaskLoss, StackedHeads
 from gradnorm_func._core.numerics import full_precision
@@ -186,6 +187,12 @@ class Rotating(NamedTuple):
     ) -> tuple[RotoGradState, RotoGradInfo]:
         """The next rotations."""
         return balance(state, stats, self.hyper, mask, update)
+
+    def weights(self, _state: RotoGradState, _stats: Any, _mask: Any) -> Tensor:
+        """Not without the norms."""
+        raise ValueError(
+            "RotoGrad chooses the backbone's weights by the step's own gradients: they are in info.weights"
+        )
 
     def _check_count(self, state: RotoGradState, plan: Plan) -> None:
         loss, layout = plan.loss_fn, self.hyper.layout

@@ -8,7 +8,7 @@ for each task makes every ∂L_i/∂z separate, and the step remains the caller'
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from gradnorm_func._core.loss import task_names, task_vector, wrong_count
 from gradnorm_func._core.numerics import diagonal, promoted, row_norms, safe_sqrt
 from gradnorm_func._core.tracing import inside_transform
 from gradnorm_func._measure.norms import norms_by_example
+from gradnorm_func._measure.plan import Needs
 from gradnorm_func._measure.sharded import sharded, whole
 from gradnorm_func._reduce.stats import TaskStats, gramian_of
 
@@ -65,6 +66,21 @@ def fork(z: Any, tasks: int | Mapping[str, Any] | Sequence[Any]) -> Any:
         >>> (a.sum() + 3 * b.sum()).backward()
         >>> b.grad, z.grad
         (tensor([3., 3.]), tensor([4., 4.]))
+
+        A method whose heads learn from their own losses, and whose weights are of this very step:
+
+        >>> trunk, heads = torch.nn.Linear(3, 2), torch.nn.ModuleDict({k: torch.nn.Linear(2, 1) for k in ("a", "b")})
+        >>> balancer = gn.mgda()
+        >>> state, x = balancer.init(2), torch.ones(4, 3)
+        >>> copies = gn.fork(trunk(x), heads)
+        >>> losses = {name: (head(copies[name]) - 1).square().mean() for name, head in heads.items()}
+        >>> stats = gn.measure_losses(losses, copies, needs=balancer.needs)
+        >>> state, info = balancer.balance(state, stats)
+        >>> gn.weigh_trunk(copies, info.weights)
+        >>> sum(losses.values()).backward()
+
+        For heads that learn from the weighted sum, the last two lines are
+        `sum(w * losses[name] for name, w in zip(gn.task_names(losses), info.weights)).backward()`.
     """
     count = tasks if isinstance(tasks, int) else len(tasks)
     if count < 2:
@@ -79,13 +95,44 @@ def fork(z: Any, tasks: int | Mapping[str, Any] | Sequence[Any]) -> Any:
     return copies if names is None else dict(zip(names, copies, strict=True))
 
 
+def weigh_trunk(copies: Any, weights: Tensor) -> None:
+    r"""Weighs the tasks between heads and trunk, which gets :math:`\sum_i w_i \, \partial L_i / \partial z`.
+
+    Call it before the backward pass of :math:`\sum_i L_i`: each head then learns from its own loss at weight 1, as most
+    gradient methods are published, and as weights that may be negative need.
+
+    Args:
+        copies: from `fork`, of a forward pass whose backward pass is still to come.
+        weights: (T,) in task order, such as `info.weights`.
+
+    Raises:
+        ValueError: for another number of weights than of copies.
+
+    Example:
+        >>> import torch, gradnorm_func as gn
+        >>> z, head = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+        >>> a, b = gn.fork(z, 2)
+        >>> gn.weigh_trunk([a, b], torch.tensor([0.5, -2.0]))
+        >>> (head @ a + b.sum()).backward()
+        >>> z.grad, head.grad
+        (tensor([-1.5000, -1.5000]), tensor([1., 1.]))
+    """
+    tasks = [copies[name] for name in sorted(copies)] if isinstance(copies, Mapping) else list(copies)
+    if weights.shape != (len(tasks),):
+        raise ValueError(f"weights has shape {tuple(weights.shape)}, but there are {len(tasks)} copies")
+    for copy, weight in zip(tasks, weights.detach().unbind(), strict=True):
+        for leaf in tree.flatten(copy)[0]:
+            if leaf.requires_grad:  # no gradient comes from a task that does not read z
+                leaf.register_hook(lambda grad, weight=weight: None if grad is None else (weight * grad).to(grad.dtype))
+
+
 def measure_losses(
     losses: Any,
     copies: Any = None,
     *,
     where: Any = None,
     weights: Tensor | None = None,
-    needs: Literal["norms", "gramian"] = "norms",
+    needs: Needs = "norms",
     scale: float | Tensor = 1.0,
     num_examples: float | Tensor = 1.0,
 ) -> TaskStats:
@@ -95,15 +142,16 @@ def measure_losses(
 
         copies = gn.fork(backbone(x), heads)                              # any modules: DDP, FSDP2, compiled, ...
         losses = {name: loss_of[name](head(copies[name]), y) for name, head in heads.items()}
-        stats = gn.measure_losses(losses, copies, num_examples=len(x))    # runs the heads backwards, and no further
+        stats = gn.measure_losses(losses, copies, needs=balancer.needs, num_examples=len(x))  # the heads, backwards
         state, info = balancer.balance(state, reduce(stats))              # reduce: the mean over ranks
         (share * sum(w * losses[name] for name, w in zip(gn.task_names(losses), info.weights))).backward()
 
-    DDP and FSDP2 average gradients over the R ranks: `share` is R n_r / Σ n_r, 1 for batches of one size. With
-    micro-batches n_r is the size of this one, the sum goes over them all, `merge` unites their stats, and the backward
-    passes use the weights from before. GradNorm always does, so it can have the norms of the step's own backward pass,
-    and the heads run backwards once: give `weights`, and call this after `backward` and before `balance`. Gradients
-    that were written for a step with `info.finite` False are to be dropped, not stepped on.
+    Heads that are to learn from their own losses take another last line: see `weigh_trunk`. DDP and FSDP2 average
+    gradients over the R ranks: `share` is R n_r / Σ n_r, 1 for batches of one size. With micro-batches n_r is the size
+    of this one, the sum goes over them all, `merge` unites their stats, and the backward passes use the weights from
+    before. GradNorm always does, so it can have the norms of the step's own backward pass, and the heads run backwards
+    once: give `weights`, and call this after `backward` and before `balance`. Gradients that were written for a step
+    with `info.finite` False are to be dropped, not stepped on.
 
     Args:
         losses: T scalars with their graph: a (T,) tensor, or a pytree such as the dict of tasks.
@@ -112,7 +160,8 @@ def measure_losses(
             differentiated on its own. Not the parameters of an FSDP2 module, for the graph does not end at those.
         weights: (T,) w_i, if (scale · Σ w_i L_i).backward() was called already; copies only. A task of weight 0 has
             the norm NaN.
-        needs: "norms", or "gramian", which has the norms on its diagonal.
+        needs: what the rule looks at, `balancer.needs`: "norms" (or "example_norms": both come), "gramian", which has
+            the norms on its diagonal, or "losses", for which nothing is run backwards and copies are not needed.
         scale: what else that sum was multiplied with: `share`, or a GradScaler's scale. Without `weights`, a factor
             against underflow. The result is free of it.
         num_examples: as in `measure`.
@@ -134,15 +183,17 @@ def measure_losses(
         >>> bool(torch.isclose(stats.grad_norms[0], torch.tensor(72.0).sqrt()))
         True
     """
-    if (copies is None) == (where is None):
+    if (copies is None) == (where is None) and (needs != "losses" or copies is not None):
         raise ValueError("give either copies (of z, from gn.fork) or where (parameters), the place of the norms")
     if inside_transform():
         raise ValueError("measure_losses runs autograd, which torch.func does not see: use gn.measure inside of it")
     vector = whole(task_vector(losses))
+    stats = TaskStats(losses=vector.detach(), num_examples=torch.as_tensor(num_examples))
+    if needs == "losses":
+        return stats
     if not vector.requires_grad:
         raise ValueError("losses have no graph: were they computed under no_grad, or from a detached z?")
     constant = torch.as_tensor(scale, dtype=vector.dtype, device=vector.device)
-    stats = TaskStats(losses=vector.detach(), num_examples=torch.as_tensor(num_examples))
     if where is not None:
         if weights is not None:
             raise ValueError("weights= is for copies, which keep their gradients; at where=, call before backward()")
