@@ -130,6 +130,39 @@ def test_vectors_and_booleans():
         assert_same(result.run(r)[0], [expected], F64)
 
 
+def test_a_vector_of_numbers_does_not_widen_the_losses():
+    params, loss_fn = problem_of("general", torch.float32)
+    result = eager(
+        params,
+        lambda scale: lambda p, b: [x * s for x, s in zip(loss_fn(p, b).values(), scale, strict=True)],
+        batches(torch.float32),
+        grid={"scale": [[1.0, 0.1, 3.0]]},
+    )
+    assert {result.state.weights.dtype, result.history.losses.dtype, result.runs["scale"].dtype} == {torch.float32}
+
+
+def test_compiled_with_all_that_may_differ(monkeypatch):
+    """A loss with a seam, made within the graph; batches by seed; an optimizer by path."""
+    params, seam = problem_of("seam", F64)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+
+    def loss_fn(scale):
+        heads = {name: lambda p, z, b, head=head: scale * head(p, z, b) for name, head in seam.heads.items()}
+        return gn.multi_task_loss(seam.backbone, heads, last_shared=seam.last_shared)
+
+    run = functools.partial(
+        quiet,
+        params,
+        loss_fn,
+        lambda seed: [make_batch(10 * seed + t) for t in range(3)],
+        grid={"scale": [1.0, 10.0]},
+        seeds=(0, 1),
+        optimizer=lambda path: gn.adam(1e-2, weight_decay=0.1 if "head" in path else 0.0),
+        metric=lambda scale: lambda p: scale * p["head.0"].sum(),
+    )
+    assert_same(run(), [run(compile=False)], F64)
+
+
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize(
     "given",
