@@ -57,8 +57,8 @@ def start(
     """The table of runs, and the runs themselves in chunks; `starts` are the parameters of each seed."""
     starts = {seed: tree.tree_map(torch.detach, params) for seed, params in starts.items()}
     like = tree.flatten(starts[rows[0].seed])[0][0]
-    first = {name: column[0] for name, column in table_of(rows[:1], like.dtype, like.device).items()}
-    _, init = first_look(program.loss_fn(first), starts[rows[0].seed], batch)
+    example = {name: column[0] for name, column in table_of(rows[:1], like.dtype, like.device).items()}
+    _, init = first_look(program.loss_fn(example), starts[rows[0].seed], batch)
     # Hyperparameters are as exact as the weights, and do not widen what they are multiplied with.
     table = table_of(rows, init["dtype"], init["device"])
 
