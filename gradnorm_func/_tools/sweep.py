@@ -166,7 +166,7 @@ def sweep(
     """
     rows = runs_of(grid, seeds)
     _check(params, {row.seed for row in rows}, chunk_size, metric, metric_every)
-    starts = {row.seed: params(row.seed) if callable(params) else params for row in rows}
+    starts = {seed: params(seed) if callable(params) else params for seed in dict.fromkeys(row.seed for row in rows)}
     tree.check_params(starts[rows[0].seed])
     program = _program(rows, starts[rows[0].seed], loss_fn, balancer, optimizer)
     measure = None if metric is None else Factory.of_function(metric, "metric", rows)
