@@ -241,6 +241,7 @@ CALLS = {
     "sgd rate": (lambda s: gn.sgd(-0.1), "learning_rate=-0.1 must be positive; to freeze the weights pass update=Fal"),
     "adam rate": (lambda s: gn.adam(0), "learning_rate=0 must be positive"),
     "adam decay": (lambda s: gn.adam(0.1, b2=1.0), "b2=1.0 must lie in [0, 1)"),
+    "adam weight decay": (lambda s: gn.adam(0.1, weight_decay=-1.0), "weight_decay=-1.0 must be at least 0"),
     "adam eps": (lambda s: gn.adam(0.1, eps=0.0), "eps=0.0 must be positive"),
     "no norms": (
         lambda s: gn.gradnorm_balance(s, gn.TaskStats([1.0, 2.0, 3.0])),
