@@ -113,9 +113,9 @@ def test_runs_are_those_of_a_loop_by_hand(diabetes):
     """The scale, the seed, the schedule and the decay arrive where they should."""
     case = case_of(diabetes, "x100")
     settings = [case.same("", alpha=0.5)]
-    method = methods.Method(lambda alpha: gn.gradnorm(alpha=alpha, normalize=True))
+    method = methods.Method(lambda alpha: gn.gradnorm(alpha=alpha))
     trials = protocol.train(case, method, settings, [1e-2], TINY)
-    balancer = gn.gradnorm(alpha=0.5, normalize=True)
+    balancer = gn.gradnorm(alpha=0.5)
     for seed in (0, 1):
         current = {name: leaf.clone() for name, leaf in diabetes.params(seed).items()}
         groups = [{"params": [leaf], "weight_decay": 0.01 * name.endswith("weight")} for name, leaf in current.items()]
@@ -160,11 +160,11 @@ def test_the_interval_holds_the_mean_and_pairs_the_seeds():
 
 
 def test_names_with_commas():
-    text = "equal, searched,gradnorm,gn.gradnorm(alpha=0.5,log_space=True),static from equal, searched"
+    text = 'equal, searched,gradnorm,gn.gradnorm(alpha=0.5,form="log"),static from equal, searched'
     assert main.names(text) == [
         "equal, searched",
         "gradnorm",
-        "gn.gradnorm(alpha=0.5,log_space=True)",
+        'gn.gradnorm(alpha=0.5,form="log")',
         "static from equal, searched",
     ]
     with pytest.raises(SystemExit, match="no method 'gradnrom'"):

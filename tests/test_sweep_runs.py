@@ -167,7 +167,7 @@ def test_compiled_with_all_that_may_differ(monkeypatch):
 @pytest.mark.parametrize(
     "given",
     [
-        {"balancer": lambda flag: gn.gradnorm(log_space=flag)},
+        {"balancer": lambda flag: gn.gradnorm(form="log" if flag else "paper")},
         {"loss_fn": lambda flag: lambda p, b: [p["trunk.0"].sum() if flag else p["trunk.1.bias"].sum()] * 2},
     ],
 )

@@ -119,9 +119,9 @@ CONTROLS = {
 ALPHAS = searched("alpha", [0.0, 0.12, 0.5, 1.5])
 GRADNORMS = {
     "gradnorm": Method(gn.gradnorm()),  # the default, whatever it is
-    "gradnorm, as published": Method(gn.gradnorm(alpha=1.5, normalize=False, log_space=False)),
-    "gradnorm, searched": Method(lambda alpha: gn.gradnorm(alpha=alpha, normalize=True), ALPHAS),
-    "gradnorm, log, searched": Method(lambda alpha: gn.gradnorm(alpha=alpha, normalize=True, log_space=True), ALPHAS),
+    "gradnorm, as published": Method(gn.gradnorm(alpha=1.5, form="paper")),
+    "gradnorm, searched": Method(lambda alpha: gn.gradnorm(alpha=alpha), ALPHAS),
+    "gradnorm, as published, searched": Method(lambda alpha: gn.gradnorm(alpha=alpha, form="paper"), ALPHAS),
 }
 # Every other method of the library that weighs losses, by its defaults. RotoGrad's heads see a rotated representation
 # and `ntk` takes residuals: they have benchmarks of their own.

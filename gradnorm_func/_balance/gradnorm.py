@@ -98,8 +98,8 @@ def gradnorm(
     the target being constant, and are scaled back to their sum. No second derivative is needed. `form` says what of:
 
     - "invariant": of :math:`L_i / |L_i(0)|`, by relative steps. With :math:`v_i = w_i |L_i(0)|` it is
-      :math:`\log v` that descends, along :math:`\mathrm{sign}(\cdot)\, G_i`, and :math:`\sum_i v_i` is conserved; every v
-      is 1 at the start. Multiplying a loss by c > 0 multiplies L_i(0) and n_i by c, so that G, r and v stay as they
+      :math:`\log v` that descends, along :math:`\mathrm{sign}(\cdot)\, G_i`, and :math:`\sum_i v_i` is conserved; every
+      v is 1 at the start. Multiplying a loss by c > 0 multiplies L_i(0) and n_i by c, so that G, r and v stay as they
       are, and w_i is divided by c: the trajectory of the parameters is the same from the first step on, in which w_i
       is :math:`v_i / |L_i|` already.
     - "log": the same relative steps on the losses as they are, with :math:`\sum_i w_i` conserved.
