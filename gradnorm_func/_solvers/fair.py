@@ -10,7 +10,7 @@ from gradnorm_func._solvers.node import node
 from gradnorm_func._solvers.units import own_units
 
 ITERATIONS = 20
-NEAR = 1e-8  # an error from which one step of Newton's is enough
+NEAR = 1e-8  # a relative step of Newton's after which there is nothing left to do
 RIDGE = 1e-14  # of the cosines: where no direction helps all tasks, the equation has no solution, and this one has
 
 
@@ -31,18 +31,18 @@ def fair(gramian: Tensor, active: Tensor, preference: Tensor, alpha: Tensor) -> 
     sums = matrix.sum(-1).clamp(min=1e-6 if gramian.shape[-1] == 2 else 0.1)
     v = ((theta - a * sums.log()) / (1 + a)).exp()
     s = v * sums
-    ask, done = free_to_ask(gramian), False
+    eye = torch.eye(len(v), dtype=v.dtype, device=v.device)
+    ask = free_to_ask(gramian)
     for _ in range(ITERATIONS):
-        residual = matrix @ v - s
-        error = v.log() + a * s.log() - theta
+        slope = s / (a * v)
+        factor = torch.linalg.cholesky_ex(torch.addcmul(matrix, eye, slope))[0]
+        both = s - matrix @ v, s / a * (v.log() + a * s.log() - theta)  # the errors of the two equations, in s
+        dv = torch.cholesky_solve((both[0] - both[1]).unsqueeze(-1), factor).squeeze(-1)
+        ds = -both[1] - slope * dv
+        done = ask and bool((dv / v).abs().max() <= NEAR)
+        v, s = _moved(v, dv), _moved(s, ds)
         if done:
             break
-        done = ask and bool(((residual / s).abs() + error.abs()).max() <= NEAR)
-        slope = s / (a * v)
-        factor = torch.linalg.cholesky_ex(matrix + torch.diag_embed(slope))[0]
-        dv = torch.cholesky_solve((-residual - s * error / a).unsqueeze(-1), factor).squeeze(-1)
-        ds = -s * error / a - slope * dv
-        v, s = _moved(v, dv), _moved(s, ds)
     error = torch.where(real, v.log() + a * (units.cosines @ v).clamp(min=1e-300).log() - theta, 0.0).abs().max()
     # G w = size² n C v in the weights v / n: their size is what solves the equations of G itself.
     weights = v * units.inverses * units.size ** (-2 * a / (1 + a))
@@ -50,6 +50,5 @@ def fair(gramian: Tensor, active: Tensor, preference: Tensor, alpha: Tensor) -> 
 
 
 def _moved(x: Tensor, dx: Tensor) -> Tensor:
-    """x + dx to first order, and positive."""
-    up, down = (dx / x).clamp(min=0), (dx / x).clamp(max=0)
-    return x * (1 + up) / (1 - down)
+    """x + dx to first order, x exp(dx / x) to second, and positive."""
+    return torch.maximum(dx + torch.hypot(x, dx), 1e-6 * x)
