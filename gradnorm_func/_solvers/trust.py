@@ -59,11 +59,10 @@ def _many(units: Units, mean: Tensor, c: Tensor) -> Tensor:
     a = units.inverses / units.inverses.max().clamp(min=TINY)
     slope = units.cosines @ mean
     alone = ((slope + c) / a).masked_fill(~units.real, torch.inf).min()  # t if d had to serve one task only
-    guess = lambda positive: _guess(units, a, slope, c, positive)
     if free_to_ask(mean):
         positive = (alone * a > slope) & units.real
         for _ in range(ROUNDS):
-            y, s, solved = guess(positive)
+            y, s, solved = _guess(units, a, slope, c, positive)
             before, positive = positive, (torch.where(positive, y, -s) > ROUNDING) & units.real
             if torch.equal(positive, before) and bool(solved):
                 return y.clamp(min=0)
@@ -74,9 +73,9 @@ def _many(units: Units, mean: Tensor, c: Tensor) -> Tensor:
         return value / (a @ y).clamp(min=TINY) * a - slope
 
     y, s = interior(units.cosines, alone * a - slope, bound)
-    better, slopes, solved = guess((y > s) & units.real)
-    error = lambda y, s: torch.minimum(y, s).abs().max()
-    return torch.where(solved & (error(better, slopes) < error(y, s)), better.clamp(min=0), torch.where(y > s, y, 0.0))
+    better, slopes, solved = _guess(units, a, slope, c, (y > s) & units.real)
+    nearer = torch.minimum(better, slopes).abs().max() < torch.minimum(y, s).abs().max()
+    return torch.where(solved & nearer, better.clamp(min=0), torch.where(y > s, y, 0.0))
 
 
 def _guess(units: Units, a: Tensor, slope: Tensor, c: Tensor, positive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
