@@ -1,0 +1,64 @@
+"""The documentation: `pip install ".[docs]" && sphinx-build -W -b html docs docs/_build/html`.
+
+`DOCS_NOTEBOOKS=force` before it also runs the notebooks (minutes) and shows what they print and draw; without it they are
+shown as they stand in the repository.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS))
+
+import pages  # noqa: E402  (beside this file)
+
+import gradnorm_func  # noqa: E402
+
+project, author, copyright = "gradnorm_func", "the authors of gradnorm_func", "the authors of gradnorm_func"  # noqa: A001
+version = release = gradnorm_func.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build", "pictures"]
+
+# Pages
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+copybutton_exclude = ".linenos, .gp, .go"
+copybutton_prompt_text = ">>> "
+
+# Notebooks
+nb_execution_mode = os.environ.get("DOCS_NOTEBOOKS", "off")
+nb_execution_timeout = 600
+nb_execution_raise_on_error = True
+
+# Reference: docstrings say types and shapes in words, so that signatures need not.
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+autosummary_generate = False
+default_role = "py:obj"  # `measure` in a docstring: a link if there is such a thing, code otherwise
+python_maximum_signature_line_length = 100
+napoleon_numpy_docstring = False
+toc_object_entries = False
+
+# Appearance
+html_theme = "furo"
+html_title = f"gradnorm_func {version}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sphinx = False
+pygments_style, pygments_dark_style = "friendly", "monokai"
+
+
+def setup(app):
+    pages.write_reference(DOCS / "reference")
+    pages.copy_notebooks(DOCS.parent / "notebooks", DOCS / "notebooks")
+    app.connect("autodoc-process-docstring", pages.describe_fields)
