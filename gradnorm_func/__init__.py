@@ -4,17 +4,23 @@
 from gradnorm_func._balance.algorithm1 import GradNormInfo, GradNormState
 
 # A balancer of one's own, and the others
+from gradnorm_func._balance.aligned import aligned
 from gradnorm_func._balance.balancer import Info, State, balancer
+from gradnorm_func._balance.cagrad import cagrad
+from gradnorm_func._balance.config import config
 from gradnorm_func._balance.dwa import dwa
 from gradnorm_func._balance.equal_norms import equal_norms
+from gradnorm_func._balance.fairgrad import fairgrad, nash
 from gradnorm_func._balance.famo import famo
 from gradnorm_func._balance.fixed_ratio import fixed_ratio
 from gradnorm_func._balance.geometric import geometric
 from gradnorm_func._balance.gradnorm import gradnorm, gradnorm_balance, init_state
 from gradnorm_func._balance.gradnorm_step import gradnorm_grad, gradnorm_update
+from gradnorm_func._balance.imtl_g import imtl_g
 from gradnorm_func._balance.mgda import mgda
 from gradnorm_func._balance.normalized import normalized
 from gradnorm_func._balance.ntk import ntk
+from gradnorm_func._balance.pcgrad import pcgrad
 from gradnorm_func._balance.protocol import Balancer
 from gradnorm_func._balance.relobralo import relobralo
 from gradnorm_func._balance.rlw import rlw
@@ -22,6 +28,7 @@ from gradnorm_func._balance.seen import Seen
 from gradnorm_func._balance.static import mean_weights, static
 from gradnorm_func._balance.stch import stch
 from gradnorm_func._balance.uncertainty import uncertainty
+from gradnorm_func._balance.upgrad import dualproj, upgrad
 
 # What a loss is, and the optimizers of the weights
 from gradnorm_func._core.loss import multi_task_loss, shared_linear, stacked_heads, task_names
@@ -71,12 +78,17 @@ __all__ = [
     "State",
     "TaskStats",
     "adam",
+    "aligned",
     "all_reduce",
     "balancer",
+    "cagrad",
     "check_finite",
     "check_seam",
+    "config",
+    "dualproj",
     "dwa",
     "equal_norms",
+    "fairgrad",
     "famo",
     "fixed_ratio",
     "fold_rotations",
@@ -91,6 +103,7 @@ __all__ = [
     "gradnorm_balance",
     "gradnorm_grad",
     "gradnorm_update",
+    "imtl_g",
     "init_state",
     "layer_analysis",
     "load_state",
@@ -101,8 +114,10 @@ __all__ = [
     "merge",
     "mgda",
     "multi_task_loss",
+    "nash",
     "normalized",
     "ntk",
+    "pcgrad",
     "random_rotations",
     "relobralo",
     "rescale_adam",
@@ -123,6 +138,7 @@ __all__ = [
     "task_names",
     "train",
     "uncertainty",
+    "upgrad",
     "weigh_trunk",
     "write_buffers",
     "write_grads",

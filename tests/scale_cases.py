@@ -9,7 +9,7 @@ import traceback
 
 import torch
 import torch.distributed as dist
-from toys import BALANCERS, leaves, make_batch, make_params, make_problem
+from toys import BALANCERS, GRAMIAN, leaves, make_batch, make_params, make_problem
 
 import gradnorm_func as gn
 
@@ -25,8 +25,10 @@ PLACES = {
     "points": ("points", None),
 }
 # The two that show different things are run everywhere and long, the others once each and short.
-# A rule that looks at no gradients has no W, and its residuals are those of the heads.
-CASES = [(name, place) for name in BALANCERS for place in PLACES if name != "ntk" or place == "z"]
+# A rule that looks at no gradients has no W, and its residuals are those of the heads. The Gramian merges in one way at
+# z, and in another at parameters.
+ONLY = {"ntk": ["z"]} | {name: ["z", "all"] for name in GRAMIAN[1:]}
+CASES = [(name, place) for name in BALANCERS for place in ONLY.get(name, PLACES)]
 DEFAULT = [(name, place, STEPS if name == "gradnorm-adam" else 8) for name, place in CASES]
 ROTATIONS = {
     "rotograd": {},

@@ -8,12 +8,13 @@ import torch._dynamo.utils
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-from toys import BALANCERS, but_for_looks, leaves, make_batch, make_params, make_problem, same_bits
+from toys import BALANCERS, GRAMIAN, but_for_looks, leaves, make_batch, make_params, make_problem, same_bits
 
 import gradnorm_func as gn
 from gradnorm_func._balance import guard
 from gradnorm_func._balance.guard import due
 from gradnorm_func._core import numerics
+from gradnorm_func._solvers import equal, fair, nnls, trust
 
 F64 = torch.float64
 GRADNORMS = [name for name in BALANCERS if name.startswith("gradnorm")]
@@ -22,6 +23,7 @@ every = pytest.mark.parametrize("name", BALANCERS)
 PATHS = {"z": ("seam", None), "W": ("seam", "trunk.1.weight"), "general": ("general", "trunk.1.weight")}
 BATCHES = [make_batch(t) for t in range(5)]
 paths = pytest.mark.parametrize("path", PATHS)
+COMPILED = [name for name in BALANCERS if name not in GRAMIAN[1:]]  # of those differs one node: test_gramian_methods.py
 
 
 def setup(name, path, dtype=F64, state_dtype=None):
@@ -113,7 +115,7 @@ def unique_graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize(("name", "path"), [*((name, "W") for name in BALANCERS), ("gradnorm-adam", "z")])
+@pytest.mark.parametrize(("name", "path"), [*((name, "W") for name in COMPILED), ("gradnorm-adam", "z")])
 def test_ten_compiled_steps_are_one_graph_and_equal_eager(name, path):
     balancer, state, params, loss_fn, _ = setup(name, path)
     before = unique_graphs()
@@ -173,21 +175,27 @@ class NoHostSync(TorchDispatchMode):
 @every
 @paths
 def test_the_device_is_never_waited_for(name, path, monkeypatch):
-    """A CPU may be asked, where it costs nothing; here it is taken for a device. The numbers are the same bits."""
+    """A CPU may be asked, where it costs nothing; here it is taken for a device. The numbers are the same bits.
+
+    But a solver that may not ask takes another way to the same solution.
+    """
     balancer, state, params, loss_fn, batch = setup(name, path)
     options = {"mask": torch.tensor([True, False, True]), "update": torch.tensor(True)}
     asked = state
     for _ in range(2):
         expected = balancer.grad(asked, params, loss_fn, batch, **options)
         asked = expected[1]
-    for module in (guard, numerics):
+    for module in (guard, numerics, nnls, trust, fair, equal):
         monkeypatch.setattr(module, "free_to_ask", lambda x: False)
     for _ in range(2):
         with NoHostSync():
             found = balancer.grad(state, params, loss_fn, batch, **options)
             balancer.update(state, params, loss_fn, batch, **options)
         state = found[1]
-    assert same_bits(found[:2], expected[:2])
+    if name in GRAMIAN:
+        assert_close(found[:2], expected[:2], rtol=1e-8)
+    else:
+        assert same_bits(found[:2], expected[:2])
 
 
 def test_whose_turn_it_is_is_asked_of_a_cpu_only():
@@ -280,7 +288,8 @@ def permuted(tree, order, num_tasks):
     return [leaf[..., order] if leaf.shape[-1:] == (num_tasks,) else leaf for leaf in leaves(tree)]
 
 
-@pytest.mark.parametrize("name", [name for name in BALANCERS if name != "rlw"])  # which draws by the task's number
+# Not those that go by the tasks' numbers, or that parallel gradients leave without a solution: test_gramian_methods.py.
+@pytest.mark.parametrize("name", [name for name in BALANCERS if name not in ("rlw", *GRAMIAN[1:])])
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_permuting_tasks_permutes_everything(name, data):
@@ -366,7 +375,7 @@ def test_micro_batches_merge_to_the_whole_batch(name, path, sizes):
     balancer, state, params, loss_fn, batch = setup(name, path)
     where = PATHS[path][1]
     _, state, _ = run(balancer, state, params, loss_fn, 2)
-    needs = "gramian" if name == "mgda" else "norms"
+    needs = "gramian" if name in GRAMIAN else "norms"
     measure = functools.partial(gn.measure, params, loss_fn, weights=state.weights, where=where, needs=needs)
     full, parts, start = measure(batch), [], 0
     for size in sizes:

@@ -150,11 +150,12 @@ def test_new_buffers_are_not_lost_in_silence(kind):
     call(params, x)
 
 
-def test_new_buffers_are_not_lost_under_a_compiler():
-    module, x = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).train(), torch.randn(4, 3)
+@pytest.mark.parametrize("kind", RENEWING)
+def test_new_buffers_are_not_lost_under_a_compiler(kind):
+    module, x = nn.Sequential(RENEWING[kind]()).train(), torch.randn(4, 3, 5)
     params = dict(module.named_parameters())
     step = torch.compile(gn.functional(module), fullgraph=True, backend="eager")
-    with pytest.raises(Exception, match=r"new value for its buffer '1.running_mean'"):
+    with pytest.raises(Exception, match=r"new value for its buffer '0\.\w.*write_buffers"):
         step(params, x)
     module.eval()
     torch.testing.assert_close(step(params, x), module(x))
@@ -181,3 +182,14 @@ def test_write_buffers_refuses_what_it_cannot_place():
     _, second = trunk(params | first, x)
     gn.write_buffers(model, {"metrics": {"accuracy": torch.ones(())}, "new": [second]})
     assert model.trunk[1].num_batches_tracked == 2
+
+
+def test_batch_norm_by_functional_call_is_told_the_way():
+    model = Model()
+    loss_fn = lambda params, x: losses_of(torch.func.functional_call(model, params, (x,)), x)
+    params, balancer, (x,) = dict(model.named_parameters()), gn.static(), batches(1)
+    states = torch.func.vmap(lambda _: balancer.init(2, **D))(torch.zeros(3))
+    with pytest.raises(
+        ValueError, match=r"writes to a tensor.*batch norm.*gn.functional\(module, prefix, buffers=True\)"
+    ):
+        torch.func.vmap(lambda state: balancer.grad(state, params, loss_fn, x)[2])(states)

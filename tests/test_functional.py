@@ -102,6 +102,28 @@ def test_what_is_missing_is_named():
         gn.functional(model.a)(dict(model.named_parameters()), torch.ones(1, 4))
 
 
+def test_a_part_whose_parameter_is_tied_to_another_part():
+    """It is in params under the first of its names only, or under all of them if one asks for that."""
+    model = nn.ModuleDict({"words": nn.Embedding(5, 3), "last": nn.Linear(3, 5, bias=False)}).double()
+    model["last"].weight = model["words"].weight
+    last, z = gn.functional(model["last"], "last"), torch.randn(2, 3, dtype=F64)
+    with pytest.raises(ValueError, match=r"no 'last.weight'.*tied.*named_parameters\(remove_duplicate=False\)"):
+        last(dict(model.named_parameters()), z)
+    assert torch.equal(last(dict(model.named_parameters(remove_duplicate=False)), z), model["last"](z))
+
+
+def test_params_that_are_no_dict():
+    model, x = nn.Linear(2, 2), torch.ones(1, 2)
+    for params, kind in (
+        (model, "Linear"),
+        (model.parameters(), "generator"),
+        (x, "Tensor"),
+        (list(model.parameters()), "list"),
+    ):
+        with pytest.raises(ValueError, match=rf"params={kind}: the function of a module takes the dict"):
+            gn.functional(model)(params, x)
+
+
 def test_a_key_error_of_the_module_is_its_own():
     module = nn.Linear(2, 2)
     module.register_forward_pre_hook(lambda module, args: {}["of the hook"])

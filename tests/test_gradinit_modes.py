@@ -183,11 +183,11 @@ def test_the_progress_bar_changes_nothing(capsys, monkeypatch):
     params, batch = small()
     silent = gn.gradinit(params, small_loss, [batch], steps=2, progress=False)
     assert capsys.readouterr().err == ""
-    shown = gn.gradinit(params, small_loss, [batch], steps=2)
+    shown = gn.gradinit(params, small_loss, [batch], steps=2, progress=True)
     if importlib.util.find_spec("tqdm") is not None:
         assert "gradinit" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)  # as if it were not installed
-    without = gn.gradinit(params, small_loss, [batch], steps=2)
+    without = gn.gradinit(params, small_loss, [batch], steps=2, progress=True)
     assert capsys.readouterr().err == ""
     for outcome in (shown, without):
         torch.testing.assert_close(outcome, silent, rtol=0, atol=0)

@@ -1,12 +1,20 @@
-"""The small problems inside of the methods, against an active-set solver: `scipy.optimize.nnls`."""
+"""The small problems inside of the methods: against scipy's active-set solver, pseudoinverses, and their equations."""
 
 import numpy as np
 import pytest
 import scipy.optimize
 import torch
 
+from gradnorm_func._solvers import equal, fair, trust
+from gradnorm_func._solvers import nnls as least_squares
+from gradnorm_func._solvers.aligned import align
+from gradnorm_func._solvers.cone import project_each, project_mean
+from gradnorm_func._solvers.equal import equal_projections
 from gradnorm_func._solvers.min_norm import min_norm
 from gradnorm_func._solvers.nnls import nnls
+from gradnorm_func._solvers.spectrum import jacobi
+from gradnorm_func._solvers.surgery import project_in_turn
+from gradnorm_func._solvers.trust import near_mean
 
 F64 = torch.float64
 DRAWS, BAR = 200, 1e-8
@@ -217,3 +225,152 @@ def test_single_precision():
     weights, gap = min_norm((rows @ rows.T).float(), torch.ones(8, dtype=torch.bool))
     assert weights.dtype == gap.dtype == torch.float32
     torch.testing.assert_close(weights.double(), solve(rows)[0], rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- all of them
+
+
+def everyone(rows):
+    return torch.ones(len(rows), dtype=torch.bool)
+
+
+def scalar(x):
+    return torch.tensor(x, dtype=F64)
+
+
+def near(found, expected, scale):
+    assert expected.isfinite().all()
+    assert (found - expected).norm() <= BAR * scale
+
+
+def projected(rows, k):
+    """The gradient k, or the vector that stands for it, in the cone of no conflict: scipy's, from unit vectors."""
+    units = rows / rows.norm(dim=1, keepdim=True)
+    x = scipy.optimize.nnls(units.T.numpy(), -k.numpy(), maxiter=10000)[0]
+    return k + torch.from_numpy(x) @ units
+
+
+def check_min_norm(rows, kind):
+    check(*min_norm(rows @ rows.T, everyone(rows)), rows)
+
+
+def check_project_each(rows, kind):
+    weights, error = project_each(rows @ rows.T, everyone(rows))
+    assert error <= BAR
+    expected = torch.stack([projected(rows, row) for row in rows]).mean(0)
+    near(weights @ rows, expected, max(expected.norm(), NOTHING**0.5 * rows.norm(dim=1).min()))
+    assert (weights >= 1 / len(rows) - 1e-12).all()
+
+
+def check_project_mean(rows, kind):
+    weights, error = project_mean(rows @ rows.T, everyone(rows))
+    assert error <= BAR
+    expected = projected(rows, rows.mean(0))
+    near(weights @ rows, expected, max(expected.norm(), NOTHING**0.5 * rows.norm(dim=1).min()))
+
+
+def check_near_mean(rows, kind):
+    """No direction is better by more than the gap between what d achieves and what the dual shows possible."""
+    for c in (0.4, 0.9):
+        weights, gap = near_mean(rows @ rows.T, everyone(rows), scalar(c))
+        assert abs(gap) <= BAR
+        mean = rows.mean(0)
+        d, radius = weights @ rows, c * mean.norm()
+        torch.testing.assert_close((d - mean).norm(), radius, rtol=1e-7, atol=0)
+        w = weights - 1 / len(rows)
+        assert (w >= -1e-12 * weights.abs().max()).all()
+        combined = w @ rows / w.sum()
+        possible = combined @ mean + radius * combined.norm()
+        assert possible - (rows @ d).min() <= BAR * mean.square().sum()
+
+
+def check_fair(rows, kind):
+    for alpha in (1.0, 2.0):
+        weights, error = fair.fair(rows @ rows.T, everyone(rows), torch.ones(len(rows)), scalar(alpha))
+        assert (weights > 0).all()
+        assert weights.isfinite().all()
+        if kind != "deficient":  # without a direction that helps all tasks there is no solution
+            assert error <= BAR
+            assert ((rows @ (weights @ rows)) * weights ** (1 / alpha) - 1).abs().max() <= BAR
+        elif alpha == 1:  # with the ridge that stands for one, d is no longer than that of a solution
+            assert (weights @ rows).square().sum() <= len(rows) * (1 + 1e-6)
+
+
+def check_equal(rows, kind):
+    weights, error = equal_projections(rows @ rows.T, everyone(rows))
+    length = rows.norm(dim=1)
+    if len(rows) == 2:  # a multiple of it, which has a limit for opposite gradients
+        torch.testing.assert_close(weights, 1 / length, rtol=1e-12, atol=0)
+        return
+    units = rows / length[:, None]
+    expected = torch.from_numpy(np.linalg.pinv(units.numpy(), rcond=1e-7)) @ torch.ones(len(rows), dtype=F64)
+    near(weights @ rows, expected, max(expected.norm(), 1e-4))
+    solvable = (units @ expected - 1).abs().max() < 1e-6
+    assert (error <= BAR) == solvable
+
+
+def check_align(rows, kind):
+    if kind.startswith("ill-scaled"):
+        rows = rows / rows.norm(dim=1, keepdim=True) ** 0.75  # two decades: of eight a Gramian has lost the smallest
+    weights, error = align(rows @ rows.T, everyone(rows), torch.ones(len(rows)))
+    u, s, _ = torch.linalg.svd(rows, full_matrices=False)
+    kept = s > 1e-6 * s[0]
+    expected = u[:, kept] @ (u[:, kept].sum(0) / s[kept]) * s[kept].min()
+    near(weights, expected, expected.norm())
+    assert error <= BAR
+
+
+def check_in_turn(rows, kind):
+    order = torch.randperm(len(rows))
+    weights, _ = project_in_turn(rows @ rows.T, everyone(rows), order)
+    total = torch.zeros_like(rows[0])
+    for i, row in enumerate(rows):
+        for j in order:
+            against = row @ rows[j]
+            if i != j and against < 0:
+                row = row - against / rows[j].square().sum() * rows[j]
+        total += row
+    near(weights @ rows, total, max(total.norm(), 1e-4 * rows.norm()))
+
+
+CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
+FEW = {2: 20, 3: 20, 8: 20, 32: 3, 128: 1}
+
+
+@pytest.mark.parametrize("count", FEW)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_few_draws(name, kind, count):
+    if (name, count) == ("project_each", 128) and kind != "conflicting":
+        pytest.skip("scipy's 128 problems take long")
+    for seed in range(FEW[count]):
+        CHECKS[name](draw(kind, count, seed), kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", FEW)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CHECKS)
+def test_many_draws(name, kind, count):
+    for seed in range(5 if (name, count) == ("project_each", 128) else DRAWS):
+        CHECKS[name](draw(kind, count, seed), kind)
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CHECKS)
+def test_without_asking(name, kind, count, monkeypatch):
+    """As on a device: fixed work, no early exit."""
+    for module in (least_squares, trust, fair, equal):
+        monkeypatch.setattr(module, "free_to_ask", lambda x: False)
+    for seed in range(3):
+        CHECKS[name](draw(kind, count, seed), kind)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 33])
+def test_rotations_find_the_eigenvalues(count):
+    rows = draw("generic", count, 0)
+    values, vectors = jacobi(rows @ rows.T)
+    torch.testing.assert_close(values.sort()[0], torch.linalg.eigvalsh(rows @ rows.T), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close((vectors * values) @ vectors.T, rows @ rows.T, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(count, dtype=F64))

@@ -272,7 +272,7 @@ def test_progress_with_and_without_tqdm(installed, monkeypatch, capsys):
     else:
         monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     params, loss_fn = problem_of("seam", F64)
-    shown = gn.sweep(params, loss_fn, batches(), compile=False)
+    shown = gn.sweep(params, loss_fn, batches(), compile=False, progress=True)
     assert ("sweep" in capsys.readouterr().err) == installed
     assert same_bits(shown, eager(params, loss_fn, batches()))
 

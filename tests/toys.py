@@ -117,8 +117,32 @@ BALANCERS = {
     "normalized": lambda where, **more: gn.normalized(where=where, total="rms", **more),
     "rlw": lambda where, **more: gn.rlw(**more),
     "mgda": lambda where, **more: gn.mgda(where=where, **more),
+    "mgda-l2": lambda where, **more: gn.mgda(normalise="l2", where=where, **more),
+    "cagrad": lambda where, **more: gn.cagrad(where=where, **more),
+    "fairgrad": lambda where, **more: gn.fairgrad(where=where, **more),
+    "nash": lambda where, **more: gn.nash(where=where, **more),
+    "aligned": lambda where, **more: gn.aligned(where=where, **more),
+    "config": lambda where, **more: gn.config(where=where, **more),
+    "imtl-g": lambda where, **more: gn.imtl_g(where=where, **more),
+    "upgrad": lambda where, **more: gn.upgrad(where=where, **more),
+    "dualproj": lambda where, **more: gn.dualproj(where=where, **more),
+    "pcgrad": lambda where, **more: gn.pcgrad(where=where, **more),
     "user": lambda where, **more: inverse_norm(where=where, **more),
 }
+# Those that look at the Gramian, and solve a small problem of it.
+GRAMIAN = [
+    "mgda",
+    "mgda-l2",
+    "cagrad",
+    "fairgrad",
+    "nash",
+    "aligned",
+    "config",
+    "imtl-g",
+    "upgrad",
+    "dualproj",
+    "pcgrad",
+]
 
 
 def but_for_looks(state):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from gradnorm_func._core import tree
-from gradnorm_func._core.trained import Trained
+from gradnorm_func._core.trained import first_places
 from gradnorm_func._core.tree import Where
 
 
@@ -26,15 +26,15 @@ def leaves_of(params: Any, where: Where, frozen: Where) -> Leaves:
     """The leaves of params, sorted by what `where` and `frozen` name."""
     tree.check_params(params)
     initial, treedef = tree.flatten(params)
-    first, moved = Trained.of(initial)
+    first = first_places(initial)
     still = set() if frozen is None else {first[i] for i in tree.select(params, frozen)}
-    moved = [i for i in moved if i not in still]
-    scaled = set(moved)
+    trained = [i for i in range(len(initial)) if first[i] == i and i not in still]
+    scaled = set(trained)
     if where is not None:
         scaled &= {first[i] for i in tree.select(params, where)}
     if not scaled:
         raise ValueError(f"where={where!r} and frozen={frozen!r} leave nothing to scale: name less in frozen")
-    return Leaves(initial, treedef, first, moved, scaled)
+    return Leaves(initial, treedef, first, trained, scaled)
 
 
 def rescaled(leaves: Sequence[Tensor], first: Sequence[int], scales: Tensor) -> list[Tensor]:

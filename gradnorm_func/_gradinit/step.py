@@ -78,8 +78,7 @@ def gradinit_step(
         eta: η > 0, the learning rate of the simulated step. None is 0.1 for p = 2 and 1e-3 for p = 1.
         normalize: False makes A = g for p = 2.
         where: what gets a scale, by dotted path prefix, a list of them, or a predicate on the path. None is all.
-        frozen: what training will not touch: it gets no scale, and its gradient does not count. What does not
-            require grad beside others that do is frozen anyhow.
+        frozen: what training will not touch: it gets no scale, and its gradient does not count. None is nothing.
         optimizer: of the scales: `rescale_adam(...)`, `adam(...)`, or any (init, update) pair; None is
             `rescale_adam()`, at 0.01.
         min_scale: smallest scale of a weight, >= 0.

@@ -98,7 +98,7 @@ def _by_autograd(fn: Recorded, inputs: Sequence[Tensor]) -> Tape:
         heads, seeds = zip(*pairs, strict=True)
         try:
             with full_precision(cut[0]):
-                return list(torch.autograd.grad(heads, asked, seeds, retain_graph=not last, allow_unused=True))
+                grads = torch.autograd.grad(heads, asked, seeds, retain_graph=not last, allow_unused=True)
         except RuntimeError as error:
             if "use_reentrant" in str(error):
                 raise ValueError(
@@ -106,6 +106,7 @@ def _by_autograd(fn: Recorded, inputs: Sequence[Tensor]) -> Tape:
                     "the loss use_reentrant=False"
                 ) from error
             raise
+        return _dense(grads)
 
     return Tape(cut, aux, pull, outputs)
 
@@ -117,15 +118,29 @@ def _by_torch_func(fn: Recorded, inputs: Sequence[Tensor]) -> Tape:
         outputs, aux = fn(leaves)
         return outputs, constants.take(aux)
 
-    outputs, pull_all, tensors = vjp(run, list(inputs), has_aux=True)  # type: ignore[misc]
+    try:
+        outputs, pull_all, tensors = vjp(run, list(inputs), has_aux=True)  # type: ignore[misc]
+    except RuntimeError as error:
+        if "mutate a captured Tensor" in str(error):
+            raise ValueError(
+                "loss_fn writes to a tensor that is none of its arguments, such as a buffer of batch norm in train "
+                "mode: call the module by gn.functional(module, prefix, buffers=True), which returns (output, new "
+                "buffers), and give these out as aux"
+            ) from error
+        raise
 
     def pull(cotangents: Sequence[Tensor], wanted: Sequence[int] | None = None, *, last: bool = False) -> Grads:
         del last  # whoever traces frees what it likes
         with full_precision(outputs[0]):
             grads = pull_all(list(cotangents))[0]
-        return list(grads) if wanted is None else [grads[i] for i in wanted]
+        return _dense(grads if wanted is None else [grads[i] for i in wanted])
 
     return Tape(outputs, constants.put(tensors), pull, [])
+
+
+def _dense(grads: Sequence[Tensor | None]) -> Grads:
+    """Those of an `Embedding(sparse=True)` are dense from here on: for norms, and for sums over tasks and copies."""
+    return [grad.to_dense() if grad is not None and grad.layout is torch.sparse_coo else grad for grad in grads]
 
 
 class _Constants:
@@ -189,6 +204,8 @@ def _nodes(outputs: Sequence[Tensor]) -> Iterator[Any]:
 def _needs_a_loop(node: Any) -> bool:
     """Whether vmap cannot run this node's backward pass, or only slowly and with a warning."""
     name = node.name()
+    if "WeightNorm" in name:
+        return True
     if "Norm" in name:  # no rule for an input of one dtype and parameters or buffers of another, as under autocast
         read = (getattr(node, f"_saved_{field}", None) for field in ("input", "weight", "running_mean"))
         return len({tensor.dtype for tensor in read if isinstance(tensor, Tensor)}) > 1

@@ -5,45 +5,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradnorm_func._core.numerics import diagonal, safe_sqrt
 from gradnorm_func._solvers.nnls import nnls
+from gradnorm_func._solvers.node import node
+from gradnorm_func._solvers.units import Units, own_units
 
 
+@node
 def min_norm(gramian: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     r"""argmin of :math:`w^\top G w` over the simplex, and its Frank-Wolfe gap relative to the mean of the diagonal.
 
-    What is not active, (T,) bool, has a row and column of the identity, and its weight is 0.
+    The weight of what is not active, (T,) bool, is 0. Where some vectors are 0, they share all the weight.
     """
-    dtype = gramian.dtype
-    ones = active.double()
-    square = torch.where(active, diagonal(gramian), 0.0).double()
-    size = square.sum() / ones.sum().clamp(min=1)
-    scaled = gramian.double() / torch.where(active & (size > 0), size, 1.0)
-    weights = _closed_form(scaled, ones) if gramian.shape[0] == 2 else _in_own_units(scaled, active)
-    total = weights.sum()
-    weights = weights / torch.where(total > 0, total, 1.0)
-    slopes = scaled @ weights
-    gap = (weights * slopes).sum() - torch.where(active, slopes, torch.inf).min()
-    return weights.to(dtype), gap.to(dtype)
+    units = own_units(gramian, active)
+    weights = _closed_form(units) if gramian.shape[-1] == 2 else _least_squares(units)
+    none = active & ~units.real
+    weights = torch.where(none.any(), none.to(weights), weights)
+    weights = weights / weights.sum().clamp(min=1e-300) + 0 * units.lengths
+    slopes = units.lengths * (units.cosines @ (units.lengths * weights))
+    gap = (weights * slopes).sum() - slopes.masked_fill(~active, torch.inf).min()
+    mean = units.lengths.square().sum() / active.sum()
+    return weights.to(gramian.dtype), (gap / mean.clamp(min=1e-300)).to(gramian.dtype)
 
 
-def _closed_form(gramian: Tensor, active: Tensor) -> Tensor:
+def _closed_form(units: Units) -> Tensor:
     """T = 2: the foot of the perpendicular from 0 on the line through both, if it lies between them."""
-    (a, b), c = diagonal(gramian).unbind(), gramian[0, 1]
-    along = a + b - 2 * c  # ‖g_1 - g_2‖²
-    first = torch.where(along > 0, (b - c) / torch.where(along > 0, along, 1.0), 0.5).clamp(0, 1)
-    both = torch.stack([first, 1 - first])
-    return torch.where(active.prod() > 0, both, active)
+    (a, b), cosine = units.lengths.unbind(), units.cosines[0, 1]
+    along = (a - b) ** 2 + 2 * a * b * (1 - cosine)  # ‖g_1 - g_2‖²
+    first = torch.where(along > 0, b * (b - a * cosine) / along.clamp(min=1e-300), 0.5).clamp(0, 1)
+    return torch.where(units.real.all(), torch.stack([first, 1 - first]), units.real.to(first))
 
 
-def _in_own_units(gramian: Tensor, active: Tensor) -> Tensor:
+def _least_squares(units: Units) -> Tensor:
     r"""A multiple of the solution, from non-negative least squares.
 
-    With :math:`v_i = w_i \|g_i\|`, cosines C and :math:`a_i \propto 1 / \|g_i\|` it is the minimiser of
-    :math:`\tfrac12 v^\top (C + a a^\top) v - a^\top v` over v >= 0. In these units vectors of very different lengths
-    are all of order 1, and the shortest of them, which decides, is not lost in rounding.
+    With :math:`v_i = w_i n_i` and :math:`a_i \propto 1 / n_i` it is the minimiser of
+    :math:`\tfrac12 v^\top (C + a a^\top) v - a^\top v` over v >= 0.
     """
-    length = torch.where(active, safe_sqrt(diagonal(gramian)), 1.0).clamp(min=1e-100)
-    inverse = torch.where(active, torch.where(active, length, torch.inf).min() / length, 0.0)
-    cosines = gramian / (length[:, None] * length)
-    return nnls(cosines + inverse[:, None] * inverse, inverse) * inverse
+    inverse = units.inverses / units.inverses.max().clamp(min=1e-300)
+    return nnls(units.cosines + inverse.unsqueeze(-1) * inverse, inverse) * inverse

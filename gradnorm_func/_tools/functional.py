@@ -8,10 +8,13 @@ from typing import Any, Concatenate, Literal, TypeAlias, overload
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrizations import _SpectralNorm
 
 from gradnorm_func._tools.substitute import Places
 
 Params: TypeAlias = Mapping[str, Tensor]
+# The layers of torch that renew their buffers in train mode.
+_RENEWING = (_NormBase, _SpectralNorm)
 
 
 @overload
@@ -44,7 +47,7 @@ def functional(module: nn.Module, prefix: str = "", *, buffers: bool | None = No
 
     Raises:
         ValueError: if params has no entry for a parameter of the module, or if the module has new buffers and nobody
-            has said what becomes of them (under torch.compile only torch's own norm layers are asked).
+            has said what becomes of them (under torch.compile only torch's own layers are asked).
 
     Example:
         >>> import torch, gradnorm_func as gn
@@ -88,8 +91,8 @@ def _traced(
     tensors = dict(zip(names, values, strict=True)) | buffers
     out = torch.func.functional_call(module, tensors, args, kwargs)
     # Whether a tensor was written to is no question that a compiler answers.
-    norms = [name for name, part in module.named_modules() if isinstance(part, _NormBase) and part.training]
-    changed = [dot + name for name in buffers if name.rpartition(".")[0] in norms]
+    renewing = [name for name, part in module.named_modules() if isinstance(part, _RENEWING) and part.training]
+    changed = [dot + name for name in buffers if name.rpartition(".")[0] in renewing]
     return out, {dot + name: tensors[name] for name in buffers}, changed
 
 
@@ -101,6 +104,11 @@ def _look_up(params: Params, names: list[str], prefix: str) -> list[Tensor]:
             raise ValueError(
                 f"params={type(params).__name__}: the function of a module takes the dict of its parameters first, "
                 "dict(model.named_parameters()), and then what the module takes"
+            ) from None
+        if any("_orig_mod." in name for name in params):
+            raise ValueError(
+                f"params has no {error.args[0]!r}: a part that is compiled on its own cannot stand in a compiled "
+                "step, where it has other names; take one torch.compile away"
             ) from None
         raise ValueError(
             f"params has no {error.args[0]!r}: give dict(model.named_parameters()), and as prefix= the path of the "

@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import checkpoint
 
 
@@ -49,6 +50,7 @@ class Places:
             )
         self.children = [part._modules for part in parts]
         self.holders = [holder for part in parts for holder in (part._parameters, part._buffers)]
+        self.norms = {id(part._buffers): part for part in parts if isinstance(part, _NormBase)}
         self.structure = self._structure()
         self.turn = _Turn(parts)
         with self.turn:  # another thread may have put its tensors there
@@ -64,6 +66,12 @@ class Places:
     def fit(self) -> bool:
         """Whether the module still has the parts, parameters and buffers that it had."""
         return self._structure() == self.structure
+
+    def renews(self, holder: MutableMapping[str, Any]) -> bool:
+        """Whether what was written to these buffers is news: some versions of torch write the old values to those of a
+        norm layer in eval mode."""
+        norm = self.norms.get(id(holder))
+        return norm is None or norm.training
 
     def read(self) -> list[Any]:
         """The tensors in their places."""
@@ -110,7 +118,7 @@ class Substitution:
             self.changed = [
                 name
                 for (holder, key, name), old in zip(places.buffers, self.buffers, strict=True)
-                if name and old is not None and _is_new(holder[key], clones[id(old)])
+                if name and old is not None and places.renews(holder) and _is_new(holder[key], clones[id(old)])
             ]
             return out, {name: holder[key] for holder, key, name in places.buffers if name}
         finally:

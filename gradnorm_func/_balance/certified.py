@@ -1,0 +1,52 @@
+"""What the methods that solve a small problem of the Gramian have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradnorm_func._balance.balancer import Info, State, balancer
+from gradnorm_func._balance.protocol import Balancer
+from gradnorm_func._balance.seen import Seen
+from gradnorm_func._core.loss import task_vector
+from gradnorm_func._core.tree import Where
+from gradnorm_func._measure.plan import Heads
+
+
+def certified(
+    rule: Callable[[Seen], tuple[Tensor, Tensor]], where: Where, every: int, heads: Heads = "own"
+) -> Balancer[State, Info]:
+    """A balancer from `rule(seen) -> (weights (T,), certificate ())`, of this step's own Gramian."""
+    return balancer(
+        lambda _state, seen: rule(seen),
+        needs="gramian",
+        same_step=True,
+        heads=heads,
+        where=where,
+        every=every,
+        memory=lambda weights: torch.zeros_like(weights[0]),
+    )
+
+
+def number(x: float | Tensor, seen: Seen) -> Tensor:
+    """() float64, on the device."""
+    return x.to(seen.losses.device) if isinstance(x, Tensor) else seen.losses.new_full((), x, dtype=torch.float64)
+
+
+def per_task(x: Any, name: str, seen: Seen) -> Tensor:
+    """(T,) numbers of the tasks; None is 1 for all of them."""
+    if x is None:
+        return torch.ones_like(seen.losses)
+    vector = task_vector(x, name, seen.losses.dtype).to(seen.losses)
+    if vector.shape != seen.losses.shape:
+        raise ValueError(f"{name} has {vector.shape[0]} entries, but there are {seen.losses.shape[0]} tasks")
+    return vector
+
+
+def check_positive(x: Any, name: str) -> None:
+    """Refuses numbers of which one is not positive, where Python has them."""
+    if x is not None and not isinstance(x, Tensor) and not bool((task_vector(x, name) > 0).all()):
+        raise ValueError(f"{name}={x!r} must be positive")

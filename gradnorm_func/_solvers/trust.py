@@ -1,0 +1,97 @@
+"""The best worst case near the mean gradient, from the Gramian: CAGrad's inner problem."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradnorm_func._core.tracing import free_to_ask
+from gradnorm_func._solvers.nnls import ROUNDING, ROUNDS, interior, inverse_on
+from gradnorm_func._solvers.node import node
+from gradnorm_func._solvers.units import Units, own_units
+
+TINY = 1e-300
+
+
+@node
+def near_mean(gramian: Tensor, active: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Weights of the d that maximises :math:`\min_i \langle g_i, d\rangle` with :math:`\|d - g_0\| \le c \|g_0\|`.
+
+    g_0 is the mean gradient, and d is :math:`g_0 + c \|g_0\| g_w / \|g_w\|` with the w of the simplex that minimises
+    :math:`\langle g_w, g_0\rangle + c \|g_0\| \|g_w\|`. The Frank-Wolfe gap of that, relative to :math:`\|g_0\|^2`, is
+    the certificate. Tasks without a gradient have no part in w.
+    """
+    units = own_units(gramian, active)
+    even = active.double() / active.sum()
+    mean = units.lengths * even
+    square = (mean @ (units.cosines @ mean)).clamp(min=0)
+    length = square.sqrt()
+    mean = mean / length.clamp(min=TINY)  # from here on ‖g_0‖ is 1
+    c = radius.double()
+    y = _two(units, mean, c) if gramian.shape[-1] == 2 else _many(units, mean, c.clamp(min=1e-6))
+    y = y * units.real
+    y = y / (y @ (units.cosines @ y)).clamp(min=TINY).sqrt()  # the direction of g_w, in units of length 1
+    slopes = units.lengths * (units.cosines @ (mean + c * y))
+    w = y * units.inverses
+    gap = (w * slopes).sum() / w.sum().clamp(min=TINY) - torch.where(units.real, slopes, slopes.max()).min()
+    weights = even + c * length * units.inverses * y
+    return weights.to(gramian.dtype), (gap / length.clamp(min=TINY)).to(gramian.dtype)
+
+
+def _two(units: Units, mean: Tensor, c: Tensor) -> Tensor:
+    """T = 2: the root of the derivative along the line from g_2 to g_1, if it lies between them."""
+    (a, b), cosine = units.lengths.unbind(), units.cosines[0, 1]
+    slopes = units.lengths * (units.cosines @ mean)
+    difference = ((a - b) ** 2 + 2 * a * b * (1 - cosine)).clamp(min=TINY)  # ‖e‖² of e = g_1 - g_2
+    along = b * (a * cosine - b)  # ⟨e, g_2⟩
+    sine = -(slopes[0] - slopes[1]) / (c * difference.sqrt()).clamp(min=TINY)
+    apart = a * b * ((1 - cosine) * (1 + cosine)).clamp(min=0).sqrt()  # ‖e‖ times the distance of the line from 0
+    x = apart * sine / ((1 - sine) * (1 + sine)).clamp(min=TINY).sqrt()
+    first = torch.where(sine.abs() < 1, (x - along) / difference, (sine > 0).to(x)).clamp(0, 1)
+    return torch.where(units.real.all(), units.lengths * torch.stack([first, 1 - first]), units.real.to(x))
+
+
+def _many(units: Units, mean: Tensor, c: Tensor) -> Tensor:
+    r"""A multiple of :math:`y_i = w_i n_i`, which minimises :math:`m^\top C y + c \sqrt{y^\top C y}` on a plane.
+
+    The plane is :math:`a^\top y = 1`, with :math:`a_i \propto 1 / n_i`.
+    """
+    a = units.inverses / units.inverses.max().clamp(min=TINY)
+    slope = units.cosines @ mean
+    alone = ((slope + c) / a).masked_fill(~units.real, torch.inf).min()  # t if d had to serve one task only
+    if free_to_ask(mean):
+        y, settled = _by_signs(units, a, slope, c, alone)
+        if settled:
+            return y
+
+    def bound(y: Tensor) -> Tensor:
+        y = y * units.real
+        value = 0.5 * (y @ (units.cosines @ y)) + y @ slope + 0.5 * c * c
+        return value / (a @ y).clamp(min=TINY) * a - slope
+
+    y, s = interior(units.cosines, alone * a - slope, bound)
+    return torch.where(y > s, y, 0.0)
+
+
+def _by_signs(units: Units, a: Tensor, slope: Tensor, c: Tensor, alone: Tensor) -> tuple[Tensor, bool]:
+    r"""As in `nnls`: y by guessing the set of the positive ones, and whether it is the solution.
+
+    Scaled to :math:`y^\top C y = c^2` it solves :math:`C y = t a - C m` in that set. t is the larger root of that
+    quadratic equation.
+    """
+    positive = (alone * a > slope) & units.real
+    for _ in range(ROUNDS):
+        solve = inverse_on(units.cosines, positive)
+        sides = torch.stack([a, slope])
+        both = solve(sides)
+        p, q = (both + solve(sides - both @ units.cosines)).unbind()  # once more, for the damping
+        square, half, rest = a @ p, a @ q, slope @ q - c * c
+        root = half * half - square * rest
+        t = (half + root.clamp(min=0).sqrt()) / square
+        y = t * p - q
+        s = units.cosines @ y - t * a + slope
+        other = (torch.where(positive, y, -s) > ROUNDING) & units.real
+        if torch.equal(other, positive):
+            return y.clamp(min=0), bool(s.isfinite().all() & (root >= 0))
+        positive = other
+    return y, False

@@ -1,0 +1,41 @@
+"""A Gramian in its own units: cosines and lengths."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradnorm_func._core.numerics import diagonal
+
+
+class Units(NamedTuple):
+    """G_ij = size² n_i C_ij n_j, in float64. In these units the shortest gradient is not lost beside the longest."""
+
+    cosines: Tensor  # (T, T) C; the row of a task that is absent or has no gradient is one of the identity
+    lengths: Tensor  # (T,) n_i, of which the longest is 1; 0 of such a task
+    inverses: Tensor  # (T,) 1 / n_i; 0 of such a task
+    size: Tensor  # () the longest length; 1 if all are 0
+    real: Tensor  # (T,) bool: the tasks that are present and have a gradient
+    active: Tensor  # (T,) bool: the tasks that are present
+
+
+def own_units(gramian: Tensor, active: Tensor) -> Units:
+    """The Gramian's cosines and lengths. If it is not finite, all lengths are NaN.
+
+    A Gramian in float32 may have negative eigenvalues by its rounding; as much is added to the cosines' diagonal.
+    """
+    exact = gramian.double()
+    square = diagonal(exact)
+    real = active & (square != 0)
+    roots = square.sqrt()
+    inverses = (1 / roots).masked_fill(~real, 0.0)
+    lengths = roots.masked_fill(~real, 0.0)
+    size = lengths.max()
+    size = size + (size == 0)
+    noise = 0.0 if gramian.dtype == torch.float64 else gramian.shape[-1] * torch.finfo(gramian.dtype).eps
+    extra = real.double() * (noise - 1.0) + 1.0
+    cosines = exact * inverses.unsqueeze(-1) * inverses + torch.diag_embed(extra)
+    broken = 0 * cosines.sum()  # NaN, if anything is
+    return Units(cosines, lengths / size + broken, inverses * size + broken, size, real, active)
