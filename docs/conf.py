@@ -44,8 +44,10 @@ autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 autosummary_generate = False
 default_role = "py:obj"  # `measure` in a docstring: a link if there is such a thing, code otherwise
-python_maximum_signature_line_length = 100
+python_maximum_signature_line_length = 140
 napoleon_numpy_docstring = False
+napoleon_custom_sections = ["Returns"]  # prose, of which napoleon would take all before a colon for a type
+add_module_names = False
 toc_object_entries = False
 
 # Appearance

@@ -35,7 +35,8 @@ def grouped() -> dict[str, list[str]]:
         places = (module, module.partition(".")[0])
         group = next(group for place in places for group, (_, _, rooms) in GROUPS.items() if place in rooms)
         groups[group].append(name)
-    return groups
+    # States and Infos after what makes them.
+    return {group: sorted(names, key=lambda name: hasattr(getattr(gn, name), "_fields")) for group, names in groups.items()}
 
 
 def write_reference(folder: Path) -> None:
@@ -60,7 +61,7 @@ def _page(title: str, intro: str, module: str, things: dict[str, object]) -> str
         else:
             entries.append(f".. autofunction:: {name}\n")
     rows = "\n".join(f"   {name}" for name in things)
-    body = f".. currentmodule:: {module}\n\n.. autosummary::\n\n{rows}\n\n" + "\n".join(entries)
+    body = f".. currentmodule:: {module}\n\n.. autosummary::\n   :nosignatures:\n\n{rows}\n\n" + "\n".join(entries)
     return f"# {title}\n\n{intro}\n\n```{{eval-rst}}\n{body}```\n"
 
 
