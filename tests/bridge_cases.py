@@ -35,7 +35,7 @@ class Config(NamedTuple):
 def least_conflict(state: gn.State, seen: gn.Seen) -> Any:
     """Less weight for what conflicts with the others."""
     inverse = seen.gramian.diagonal().rsqrt()
-    return seen.num_active * seen.softmax((seen.gramian * inverse[:, None] * inverse).sum(1)), ()
+    return seen.num_active() * seen.softmax((seen.gramian * inverse[:, None] * inverse).sum(1)), ()
 
 
 BALANCERS = {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradnorm_func._balance.seen import Seen
 from gradnorm_func._core import optim, tree
-from gradnorm_func._core.loss import task_vector
+from gradnorm_func._core.tasks import task_vector
 from gradnorm_func._core.tracing import free_to_ask
 from gradnorm_func._measure.plan import Needs
 
@@ -116,8 +116,8 @@ class Algorithm1(NamedTuple):
 
     def descended(self, state: GradNormState, w: Tensor, grad: Tensor, seen: Seen) -> tuple[Tensor, Any]:
         """The weights w one step of their optimizer further, and its moments."""
-        if seen.mask is not None:
-            grad = torch.where(seen.mask, grad, 0.0)
+        if seen.mask is not None:  # a task alone has nothing to be balanced with; its gap is rounding
+            grad = torch.where(seen.mask & (seen.mask.sum() > 1), grad, 0.0)
         if not self.log_space:
             step, moments = self.optimizer.update(grad, state.moments, w)
             return w + step, moments
@@ -138,6 +138,13 @@ class Algorithm1(NamedTuple):
         norms = w * seen.norms
         targets = self.targets(norms, rates, seen)
         return _info(seen, w, targets, rates, norms - targets)
+
+    def absent(self, state: GradNormState) -> GradNormState:
+        """What absent tasks keep: at the burn-in step no L(0) from before it, but that of their next loss."""
+        if self.burn_in is None:
+            return state
+        initial = torch.where(state.step == self.burn_in, torch.nan, state.initial_losses)
+        return state._replace(initial_losses=initial)
 
     def check(self, state: GradNormState) -> None:
         """Refuses a state of another balancer or optimizer."""
@@ -179,7 +186,7 @@ def _ratios(norm_ratios: Any, weights: Tensor) -> Tensor:
     if rho.shape != weights.shape:
         raise ValueError(f"norm_ratios has {rho.shape[0]} entries, but there are {weights.shape[0]} tasks")
     if not isinstance(norm_ratios, Tensor) and not all(
-        isinstance(x, Tensor) or x > 0 for x in tree.flatten(norm_ratios)[0]
+        isinstance(x, Tensor) or x > 0 for x in tree.flatten(tree.by_key(norm_ratios))[0]
     ):
         raise ValueError(f"norm_ratios={norm_ratios!r} must be positive")
     return rho

@@ -49,6 +49,6 @@ def cagrad(*, c: float | Tensor = 0.4, where: Where = None, every: int = 1) -> B
 
     def rule(seen: Seen) -> tuple[Tensor, Tensor]:
         weights, gap = near_mean(seen.gramian, seen.active, number(c, seen))
-        return weights * seen.num_active / (1 + c * c), gap
+        return weights * seen.num_active() / (1 + c * c), gap
 
     return certified(rule, where, every)

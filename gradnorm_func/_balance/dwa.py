@@ -63,7 +63,7 @@ def dwa(steps_per_epoch: int, *, temperature: float | Tensor = 2.0) -> Balancer[
         last = torch.where(ended, memory.sums / memory.counts.clamp(min=1), memory.last)
         before = torch.where(ended, memory.last, memory.before)
         rates = torch.where(before == 0, 1.0, last / torch.where(before == 0, 1.0, before))
-        weights = seen.num_active * seen.softmax(rates / temperature)
+        weights = seen.num_active() * seen.softmax(rates / temperature)
         sums = torch.where(ended, 0.0, memory.sums) + seen.losses
         counts = torch.where(ended, 0.0, memory.counts) + 1
         return weights, Epochs(torch.maximum(now, memory.epoch), sums, counts, last, before)

@@ -42,7 +42,7 @@ def geometric(*, mean: bool = False, every: int = 1) -> Balancer[State, Info]:
 
     def rule(_state: State, seen: Seen) -> tuple[Tensor, tuple[()]]:
         logs = seen.losses.log()
-        shift = seen.mean(logs) - _log(seen.num_active, logs) if mean else 0.0
+        shift = seen.mean(logs) - _log(seen.num_active(), logs) if mean else 0.0
         return (shift - logs).exp(), ()
 
     return balancer(rule, needs="losses", same_step=True, every=every)

@@ -11,7 +11,7 @@ from gradnorm_func._balance.algorithm1 import Algorithm1, GradNormInfo, GradNorm
 from gradnorm_func._balance.balancer import check_every
 from gradnorm_func._balance.guard import Guarded
 from gradnorm_func._balance.protocol import Balancer
-from gradnorm_func._balance.start import start_vector, start_weights
+from gradnorm_func._balance.start import NumTasks, start_vector, start_weights
 from gradnorm_func._balance.weighing import Weighing
 from gradnorm_func._core import optim
 from gradnorm_func._core.tree import Where
@@ -33,7 +33,7 @@ class GradNormOptions(TypedDict, total=False):
 
 
 def init_state(
-    num_tasks: int,
+    num_tasks: NumTasks,
     *,
     weights: Any = None,
     initial_losses: Any = None,
@@ -45,25 +45,28 @@ def init_state(
     r"""The state before the first step: equal weights, :math:`w_i = 1`.
 
     Args:
-        num_tasks: T, at least 2.
-        weights: initial weights, T positive numbers in task order or a pytree like the losses (a dict needs no
-            order). Their sum is conserved from then on.
+        num_tasks: T, at least 2; or what says so and names the tasks: a `multi_task_loss`, the losses, the heads, a
+            list of names.
+        weights: initial weights, T positive numbers in task order or a dict by name, compared with the names of
+            `num_tasks`, or else with those of the first step. Their sum is conserved from then on.
         initial_losses: L(0) where theory knows better than the first batch (log C for cross-entropy over C
             classes), in the same form; a NaN entry is taken from the first batch. None takes them all from it.
         optimizer: of the weights, `gn.sgd(lr)`, `gn.adam(lr)` or any (init, update) pair; the same one must be
             given to the updates. None is Adam at 0.025.
-        dtype: of the weights and all that is computed from them; the default dtype if None.
+        dtype: of the weights and all that is computed from them, float32 at least; the default dtype if None.
         device: where the state lives.
 
     Returns:
         GradNormState, every field on `device`.
 
     Raises:
-        ValueError: for fewer than two tasks, a wrong length, or weights that are not positive and finite.
+        ValueError: for fewer than two tasks, a wrong length, names that are not those of the tasks, or weights that
+            are not positive and finite.
 
     Example:
         >>> import math, gradnorm_func as gn
-        >>> state = gn.init_state(2, initial_losses={"digit": math.log(10), "parity": math.log(2)})
+        >>> start = {"digit": math.log(10), "parity": math.log(2)}
+        >>> state = gn.init_state(["digit", "parity"], initial_losses=start)
         >>> state.initial_losses
         tensor([2.3026, 0.6931])
     """
@@ -144,10 +147,11 @@ def gradnorm(
         every=every,
     )
 
-    def init(num_tasks: int, **start: Any) -> GradNormState:
+    def init(num_tasks: NumTasks, **start: Any) -> GradNormState:
         return init_state(num_tasks, optimizer=method.optimizer, normalize=normalize, **start)
 
-    return Balancer(init, Weighing(Guarded(method), where, False, "weighted", None), every, method.needs)
+    guarded = Guarded(method, {"norm_ratios": norm_ratios})
+    return Balancer(init, Weighing(guarded, where, False, "weighted", None), every, method.needs)
 
 
 def gradnorm_balance(
@@ -188,7 +192,7 @@ def gradnorm_balance(
         >>> info.targets, state.weights
         (tensor([2., 2.]), tensor([0.7778, 1.2222]))
     """
-    method = Guarded(_method(alpha, optimizer, **hyper))
+    method = Guarded(_method(alpha, optimizer, **hyper), {"norm_ratios": hyper.get("norm_ratios")})
     return method.balance(state, stats, mask, update)
 
 
@@ -214,6 +218,8 @@ def _method(
     if not isinstance(initial_decay, Tensor) and not 0 <= initial_decay <= 1:
         raise ValueError(f"initial_decay={initial_decay} must lie in [0, 1]; 1 keeps the first losses as L(0)")
     check_every(every)
+    if isinstance(burn_in, int):  # between its turns a state stays, so that the burn-in waits for the next one
+        burn_in = -(-burn_in // every) * every
     return Algorithm1(
         alpha, optim.as_optimizer(optimizer), norm_ratios, log_space, floor, burn_in, initial_decay, every, normalize
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from gradnorm_func._balance.seen import Seen, mask_vector, seen_of, without_absent
 from gradnorm_func._core import tree
 from gradnorm_func._core.numerics import choose, column, full_precision
+from gradnorm_func._core.tasks import check_named
 from gradnorm_func._core.tracing import free_to_ask, no_graph
 from gradnorm_func._measure.plan import Needs
 from gradnorm_func._reduce.stats import TaskStats, present
@@ -44,11 +45,15 @@ class Method(Protocol):
     def report(self, state: Any, seen: Seen) -> Any:
         """What to log of a step in which nothing moves."""
 
+    def absent(self, state: Any) -> Any:
+        """The state before the step, as far as absent tasks keep it."""
+
 
 class Guarded(NamedTuple):
     """A method, guarded."""
 
     method: Method
+    named: Mapping[str, Any] = {}  # its arguments that may be given by name, which are compared with the tasks
 
     def balance(
         self, state: Any, stats: TaskStats, mask: Any, update: bool | Tensor, applied: bool = False
@@ -56,6 +61,8 @@ class Guarded(NamedTuple):
         """One step: all of it, or nothing of it where something is not finite."""
         method = self.method
         method.check(state)
+        if isinstance(stats.losses, Mapping):
+            check_named(stats.losses, grad_norms=stats.grad_norms, mask=mask, **self.named)
         active = mask_vector(mask, state.weights)
         with no_graph(), full_precision(state.weights):
             raw = seen_of(state.weights, stats, active)._replace(applied=applied)
@@ -86,7 +93,7 @@ class Guarded(NamedTuple):
                 moves = ok if turn is True else ok & turn
                 used = torch.where(moves if active is None else moves & active, info.weights, before)
                 info = info._replace(weights=used, total_loss=seen.dot(used, seen.losses))
-            return settled(new, state, ok, turn, active), info
+            return settled(new, state, ok, turn, active, method.absent), info
 
     def _require(self, stats: TaskStats) -> None:
         field = {"norms": "grad_norms", "example_norms": "grad_norms", "gramian": "gramian"}.get(self.method.needs)
@@ -111,10 +118,12 @@ def accepted(finite: Tensor, active: Tensor | None, update: bool | Tensor) -> Te
     return ok if isinstance(update, bool) else ok & torch.as_tensor(update, device=ok.device)
 
 
-def settled(new: Any, old: Any, ok: Tensor, turn: bool | Tensor, active: Tensor | None) -> Any:
-    """The new state with its step counted, absent tasks as they were; the old one, all of it, if it is refused."""
-    if active is not None and new is not old:
-        new = _without_absent(active, new, old)
+def settled(
+    new: Any, old: Any, ok: Tensor, turn: bool | Tensor, active: Tensor | None, absent: Callable[[Any], Any]
+) -> Any:
+    """The new state with its step counted, absent tasks as in `absent(old)`; all of the old one if it is refused."""
+    if active is not None and turn is not False:
+        new = _without_absent(active, new, absent(old))
     if isinstance(turn, Tensor):
         new = choose(turn, new, old)
     return choose(ok, new._replace(step=old.step + 1), old)

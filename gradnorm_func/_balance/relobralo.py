@@ -76,7 +76,7 @@ def relobralo(
 
         def target(since: Tensor) -> Tensor:
             ratio = torch.where(since == 0, 1.0, seen.losses / torch.where(since == 0, 1.0, since))
-            return seen.num_active * seen.softmax(ratio / temperature)
+            return seen.num_active() * seen.softmax(ratio / temperature)
 
         mixed = torch.where(uniform(state.step, seed) < keep, state.weights, target(first))
         share = torch.where(memory.looks == 1, torch.zeros_like(seen.losses), decay)

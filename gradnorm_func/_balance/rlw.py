@@ -32,7 +32,7 @@ def rlw(*, seed: int = 0, every: int = 1) -> Balancer[State, Info]:
     """
 
     def rule(state: State, seen: Seen) -> tuple[Tensor, tuple[()]]:
-        return seen.num_active * seen.softmax(_normal(seed, state.step, state.weights)), ()
+        return seen.num_active() * seen.softmax(_normal(seed, state.step, state.weights)), ()
 
     return balancer(rule, needs="losses", same_step=True, every=every)
 

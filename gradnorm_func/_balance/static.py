@@ -8,8 +8,9 @@ from torch import Tensor
 
 from gradnorm_func._balance.balancer import Info, State, balancer
 from gradnorm_func._balance.protocol import Balancer
-from gradnorm_func._core.loss import task_vector
+from gradnorm_func._core.tasks import task_vector
 from gradnorm_func._core.tree import Where
+from gradnorm_func._measure.plan import Needs
 
 
 def static(weights: Any = None, *, where: Where = None, norms: bool = False) -> Balancer[State, Info]:
@@ -47,7 +48,8 @@ def static(weights: Any = None, *, where: Where = None, norms: bool = False) -> 
 
     rule = lambda state, _seen: (state.weights, ())
     # With cotangents that carry the weights, the norm of a task of weight 0 would be NaN: hence same_step for norms.
-    return balancer(rule, needs="norms" if norms else "losses", same_step=norms, where=where, weights=start)
+    needs: Needs = "norms" if norms else "losses"
+    return balancer(rule, needs=needs, same_step=norms, where=where, weights=start, named={"weights": weights})
 
 
 def mean_weights(weights: Any, *, start: int = 0) -> Tensor:

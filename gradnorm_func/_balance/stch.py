@@ -70,7 +70,8 @@ def stch(
     if not isinstance(mu, Tensor) and not mu > 0:
         raise ValueError(f"mu={mu} must be positive; a small one, such as 0.01, comes near to the maximum")
     if steps_per_epoch is None:
-        return balancer(_paper(mu, preference, ideal), needs="losses", same_step=True, every=every)
+        named = {"preference": preference, "ideal": ideal}
+        return balancer(_paper(mu, preference, ideal), needs="losses", same_step=True, every=every, named=named)
     if preference is not None or ideal is not None:
         raise ValueError("preference and ideal are those of the paper's equation: leave steps_per_epoch out")
     if not (steps_per_epoch >= 1 and warmup >= 0):
@@ -83,7 +84,7 @@ def stch(
         sums, counts = sums + torch.where(taken, seen.losses, 0.0), counts + taken
         logs = seen.losses.log()
         nadir = torch.where(counts > 0, sums / counts.clamp(min=1), 1.0)
-        shares = seen.num_active * seen.softmax((logs - nadir.log()) / mu)
+        shares = seen.num_active() * seen.softmax((logs - nadir.log()) / mu)
         return torch.where(state.step < last, 1.0, shares) * (-logs).exp(), Nadir(sums, counts)
 
     zeros = lambda weights: Nadir(torch.zeros_like(weights), torch.zeros_like(weights))
@@ -97,7 +98,7 @@ def _paper(mu: float | Tensor, preference: Any, ideal: Any) -> SimpleRule:
         count, like = seen.losses.shape[0], (seen.losses.dtype, seen.losses.device)
         above = seen.losses - start_vector("ideal", ideal, count, 0.0, *like)
         factors = start_vector("preference", preference, count, 1.0, *like)
-        factors = factors / seen.num_active if preference is None else factors
+        factors = factors / seen.num_active() if preference is None else factors
         return factors * seen.softmax(factors * above / mu), ()
 
     return rule

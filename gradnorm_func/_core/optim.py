@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._core import tree
-from gradnorm_func._core.numerics import safe_sqrt
+from gradnorm_func._core.numerics import accum_dtype, column, safe_sqrt
 from gradnorm_func._core.tracing import traced
 
 Schedule: TypeAlias = Callable[[Tensor], Tensor]
@@ -36,9 +36,9 @@ class SGDState(NamedTuple):
 class AdamState(NamedTuple):
     """State of `adam`."""
 
-    step: Tensor  # () int64: updates so far
-    mean: Tensor  # (T,) first moment
-    square: Tensor  # (T,) second moment
+    step: Tensor  # (T,) int64: updates so far in which the task was present, those that its moments have seen
+    mean: Tensor  # (T,) first moment, in float32 at least
+    square: Tensor  # (T,) second moment, likewise
 
 
 def as_optimizer(optimizer: Any) -> Optimizer:
@@ -114,14 +114,15 @@ def adam(
     r"""Adam with bias correction, :math:`w \leftarrow w - \eta_t \hat m / (\sqrt{\hat v} + \epsilon)`.
 
     Args:
-        learning_rate: η, a number, a 0-d tensor, or a schedule that maps the 0-d int64 count of updates
-            so far to η. The default is the one GradNorm's authors used for the task weights.
+        learning_rate: η, a number, a 0-d tensor, or a schedule that maps the 0-d int64 count of updates so far (of
+            the task that was in most of them) to η. The default is GradNorm's authors' for the task weights.
         b1: decay of the first moment, in [0, 1).
         b2: decay of the second moment, in [0, 1).
         eps: ε, added to the root of the second moment.
 
     Returns:
-        Optimizer: an (init, update) pair.
+        Optimizer: an (init, update) pair. Moments and step are float32 at least. The bias of each task is corrected by
+        the number of updates in which it was present.
 
     Raises:
         ValueError: if the learning rate or ε is a number that is not positive, or a decay lies outside [0, 1).
@@ -143,14 +144,15 @@ def adam(
         raise ValueError(f"eps={eps} must be positive: it keeps the step finite where the gradient is zero")
 
     def init(weights: Tensor) -> AdamState:
-        count = torch.zeros((), dtype=torch.int64, device=weights.device)
-        return AdamState(count, torch.zeros_like(weights), torch.zeros_like(weights))
+        count = torch.zeros(weights.shape[:1], dtype=torch.int64, device=weights.device)
+        zeros = torch.zeros_like(weights, dtype=accum_dtype(weights))  # 0.999 is 1 in bfloat16
+        return AdamState(count, zeros, zeros.clone())
 
     def update(grad: Tensor, state: AdamState, _weights: Tensor) -> tuple[Tensor, AdamState]:
-        count = state.step + 1
+        grad, count = grad.to(state.mean.dtype), state.step + 1
         mean = _mixed(grad, state.mean, b1)
         square = _mixed(grad * grad, state.square, b2)
-        power = count.to(grad.dtype)
+        power = column(count.to(grad.dtype), grad)
         if traced():  # stacked, or a compiler would inline the powers and take them again for every element
             mean_part, square_part = (1 - torch.stack([b1**power, b2**power])).unbind()
             size = safe_sqrt(square / square_part)
@@ -169,7 +171,7 @@ def _mixed(new: Tensor, old: Tensor, decay: float | Tensor) -> Tensor:
 
 
 def _rate(learning_rate: float | Tensor | Schedule, count: Tensor) -> float | Tensor:
-    return learning_rate(count) if callable(learning_rate) else learning_rate
+    return learning_rate(count.max()) if callable(learning_rate) else learning_rate
 
 
 def _check_rate(learning_rate: float | Tensor | Schedule) -> None:

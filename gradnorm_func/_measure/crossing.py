@@ -28,6 +28,7 @@ class Trunk(NamedTuple):
     z: list[Tensor]  # leaves, the first axis of which is that of the examples
     z_treedef: Any
     layer: tuple[Tensor, ...]  # (h, y) of a `shared_linear`, z = activation(y); nothing otherwise
+    layer_indices: list[int]  # its leaves, where it reads copies of them, to tell what else reads these
     trunk_losses: list[Tensor]  # losses of the trunk alone, which no head sees
     aux: Any
 
@@ -55,7 +56,6 @@ class Crossed(NamedTuple):
 class Crossing(Protocol):
     """How z becomes what the heads see, and how their gradients become the trunk's."""
 
-    @property
     def trunk_loss(self) -> Callable[[Any, Any, Any], Tensor] | None:
         """(params, z, batch) -> a loss of the trunk alone."""
 
@@ -74,7 +74,6 @@ class Weighted(NamedTuple):
 
     plan: Plan
 
-    @property
     def trunk_loss(self) -> None:
         """None: the trunk has no loss of its own."""
         return None

@@ -63,7 +63,6 @@ class Rotations(NamedTuple):
     moves: bool  # is this a step in which rotations move?
     merged: bool  # will these stats be merged with others?
 
-    @property
     def trunk_loss(self) -> Callable[[Any, Any, Any], Tensor] | None:
         """The backbone's own loss, which is neither rotated nor scaled."""
         return self.hyper.backbone_loss

@@ -16,10 +16,12 @@ from gradnorm_func._balance.guard import I, S
 from gradnorm_func._balance.protocol import Balancer
 from gradnorm_func._core import tree
 from gradnorm_func._core.compiling import compiled
-from gradnorm_func._core.loss import LossFn, task_names, task_vector
+from gradnorm_func._core.loss import LossFn
 from gradnorm_func._core.progress import Bar, bar
+from gradnorm_func._core.tasks import task_names, task_vector
 from gradnorm_func._core.trained import Trained
 from gradnorm_func._core.tree import Params
+from gradnorm_func._measure.check import doubts
 from gradnorm_func._measure.plan import split_aux
 from gradnorm_func._tools.interop import write_buffers, write_grads
 
@@ -136,6 +138,8 @@ def train(
     history: list[Any] = []
     names: list[str] = []
     for batch in (shown := bar(batches, progress, "train")):
+        if not history:
+            first_doubts = doubts(loss_fn, current, batch, None if mask is None else mask(batch), has_aux)
         if state is None or (shown.shown and not names):
             names, arguments = first_look(loss_fn, current, batch, has_aux)
             state = balancer.init(**arguments) if state is None else state
@@ -150,7 +154,7 @@ def train(
                 write_buffers(buffers, aux)
             state = state if update else state._replace(step=state.step + 1)
         if not history:
-            _warn_of_zeros(info)
+            _warn(first_doubts + _of_zeros(info))
         history.append(info)
         _show(shown, names, info)
     if not history:
@@ -203,13 +207,20 @@ def _show(shown: Bar[Any], names: list[str], info: Any) -> None:
         shown.note({name: f"{loss:.3g} x {weight:.3g}" for name, (loss, weight) in rows})
 
 
-def _warn_of_zeros(info: Any) -> None:
+def _of_zeros(info: Any) -> list[str]:
     """A wrong W shows up as gradients of exactly zero, and nothing would be learned from them."""
     norms = getattr(info, "grad_norms", None)
     zero = [] if norms is None else (norms == 0).nonzero().flatten().tolist()
-    if zero:
-        warnings.warn(
+    return (
+        [
             f"the gradients of tasks {zero} (indices in the order of gn.task_names) are exactly zero at W: "
-            "does `where` name parameters that these losses depend on?",
-            stacklevel=3,
-        )
+            "does `where` name parameters that these losses depend on?"
+        ]
+        if zero
+        else []
+    )
+
+
+def _warn(doubts: list[str]) -> None:
+    if doubts:
+        warnings.warn("; ".join(doubts), stacklevel=3)

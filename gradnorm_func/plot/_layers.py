@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.patches import Rectangle
 
-from gradnorm_func._core.loss import task_names
+from gradnorm_func._core.tasks import task_names
 from gradnorm_func._tools.layers import LayerReport
 from gradnorm_func.plot._draw import cell_texts, new_axes, number, plain_numbers, task_ticks, ticks_of
 from gradnorm_func.plot._read import array, labels

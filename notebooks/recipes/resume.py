@@ -30,7 +30,7 @@ def train(file, kill_at=None):
     for step, batch in list(enumerate(batches()))[start:]:
         losses, copies = model(**batch)
         optimizer.zero_grad()
-        sum(w * losses[task] for task, w in zip(gn.task_names(losses), state.weights, strict=True)).backward()
+        gn.weighted_sum(losses, state.weights).backward()
         stats = gn.measure_losses(losses, copies, weights=state.weights)
         state, info = balancer.balance(state, stats)
         if step == kill_at:
