@@ -1,7 +1,7 @@
 """The documentation: `pip install ".[docs]" && sphinx-build -W -b html docs docs/_build/html`.
 
-`DOCS_NOTEBOOKS=force` before it also runs the notebooks (minutes) and shows what they print and draw; without it they are
-shown as they stand in the repository.
+With `DOCS_NOTEBOOKS=force` before it the notebooks are run too, for minutes, and what they print
+and draw is shown; without it they are shown as they stand in the repository.
 """
 
 import os
@@ -11,11 +11,13 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))
 
-import pages  # noqa: E402  (beside this file)
-
 import gradnorm_func  # noqa: E402
 
-project, author, copyright = "gradnorm_func", "the authors of gradnorm_func", "the authors of gradnorm_func"  # noqa: A001
+import pages  # noqa: E402  (beside this file)
+
+project = "gradnorm_func"
+author = "the authors of gradnorm_func"
+copyright = author  # noqa: A001
 version = release = gradnorm_func.__version__
 
 extensions = [
@@ -46,7 +48,9 @@ autosummary_generate = False
 default_role = "py:obj"  # `measure` in a docstring: a link if there is such a thing, code otherwise
 python_maximum_signature_line_length = 140
 napoleon_numpy_docstring = False
-napoleon_custom_sections = ["Returns"]  # prose, of which napoleon would take all before a colon for a type
+napoleon_custom_sections = [
+    "Returns"
+]  # prose, of which napoleon would take all before a colon for a type
 add_module_names = False
 toc_object_entries = False
 
@@ -64,3 +68,4 @@ def setup(app):
     pages.write_reference(DOCS / "reference")
     pages.copy_notebooks(DOCS.parent / "notebooks", DOCS / "notebooks")
     app.connect("autodoc-process-docstring", pages.describe_fields)
+    app.connect("autodoc-process-signature", pages.hide_constructors)

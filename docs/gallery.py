@@ -1,16 +1,15 @@
-"""Draws the pictures of the gallery, `docs/pictures/*.png`: `python docs/gallery.py`, in about a minute."""
+"""Draws the pictures of the gallery, `docs/pictures/*.png`, in about a minute."""
 
 import io
 from pathlib import Path
 
+import gradnorm_func as gn
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import torch
-from PIL import Image
-
-import gradnorm_func as gn
 from gradnorm_func import plot
 from gradnorm_func.demo import digits
+from PIL import Image
 
 mpl.use("agg")
 PICTURES = Path(__file__).parent / "pictures"
@@ -33,7 +32,9 @@ def adam(leaves):
 
 
 def train(balancer, seed=0, loss_fn=digits.loss_fn):
-    return gn.train(digits.init_params(seed), loss_fn, batches(seed), balancer=balancer, optimizer=adam)
+    return gn.train(
+        digits.init_params(seed), loss_fn, batches(seed), balancer=balancer, optimizer=adam
+    )
 
 
 def in_pieces(balancer, seed, look):
@@ -42,7 +43,9 @@ def in_pieces(balancer, seed, look):
     for start in range(0, STEPS, EVERY):
         params = digits.init_params(seed) if run is None else run.params
         seen.append(look(params))
-        going_on = {} if run is None else {"state": run.state, "optimizer_state": run.optimizer_state}
+        going_on = (
+            {} if run is None else {"state": run.state, "optimizer_state": run.optimizer_state}
+        )
         piece = parts[start : start + EVERY]
         run = gn.train(params, digits.loss_fn, piece, balancer=balancer, optimizer=adam, **going_on)
     return torch.stack(seen)
@@ -65,10 +68,15 @@ def pictures():
         plot.compare(errors, steps=range(0, STEPS, EVERY), label="left digit, % wrong (test)")
 
     def pareto():
-        two = lambda params, batch: {"left": (all_six := digits.loss_fn(params, batch))["left"], "image": all_six["image"]}
+        two = lambda params, batch: {
+            "left": (all_six := digits.loss_fn(params, batch))["left"],
+            "image": all_six["image"],
+        }
         last = lambda balancer: train(balancer, loss_fn=two).history.losses[-30:].mean(0)
         shares = torch.tensor([0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98])
-        front = torch.stack([last(gn.static([2 * s, 2 - 2 * s])) for s in shares.tolist()])  # tasks: image, left
+        front = torch.stack(
+            [last(gn.static([2 * s, 2 - 2 * s])) for s in shares.tolist()]
+        )  # tasks: image, left
         points = {"GradNorm": last(gn.gradnorm(where=W)), "uncertainty": last(gn.uncertainty())}
         plot.pareto(front, methods=points, shares=shares, names=["image", "left"])
 
@@ -79,7 +87,9 @@ def pictures():
         "loss_ratios": lambda: plot.loss_ratios(run.history, names=names, smooth=5),
         "inverse_rates": lambda: plot.inverse_rates(equal.history, names=names, smooth=5),
         "conflicts": lambda: plot.conflicts(cosines(run.params), names=names),
-        "conflict_course": lambda: plot.conflict_course(in_pieces(METHODS["GradNorm"](), 0, cosines), names=names),
+        "conflict_course": lambda: plot.conflict_course(
+            in_pieces(METHODS["GradNorm"](), 0, cosines), names=names
+        ),
         "layers": lambda: plot.layers(report),
         "compare": compare,
         "pareto": pareto,

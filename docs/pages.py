@@ -1,12 +1,13 @@
-"""What the documentation makes of the package itself: the reference, from docstrings, and pages of the notebooks."""
+"""What the documentation makes of the package itself: the reference, and pages of the notebooks."""
 
 import inspect
 import re
 from pathlib import Path
 
 import gradnorm_func as gn
+from gradnorm_func import plot
 
-# The reference is grouped as the package is: by the room in which a thing stands. Title, introduction, its modules.
+# The reference is grouped as the package is, by rooms: title, introduction, modules or folders.
 GROUPS = {
     "balancer": (
         "Balancers",
@@ -18,25 +19,49 @@ GROUPS = {
         "The method itself, as a balancer and as functions of a state.",
         ("_balance.algorithm1", "_balance.gradnorm", "_balance.gradnorm_step"),
     ),
-    "methods": ("Other methods", "Each is a balancer; {doc}`../methods` compares them.", ("_balance",)),
-    "losses": ("Losses, tasks, optimizers of the weights", "What a loss is, and the order of its tasks.", ("_core",)),
-    "measure": ("Measure and reduce", "The first two parts of a step.", ("_measure", "_reduce")),
-    "tools": ("Around a step", "Analysis, plain autograd, modules, checkpoints, loops.", ("_tools",)),
-    "rotograd": ("RotoGrad", "A view of z of its own for each task, turned until the gradients agree.", ("_rotograd",)),
-    "gradinit": ("GradInit", "Scales of a network's initial values, learned before training.", ("_gradinit",)),
+    "methods": (
+        "Other methods",
+        "Each is a balancer; {doc}`../methods` compares them.",
+        ("_balance",),
+    ),
+    "losses": (
+        "Losses, tasks, optimizers of the weights",
+        "What a loss is, and the order of its tasks.",
+        ("_core",),
+    ),
+    "measure": (
+        "Measure and reduce",
+        "The first two parts of a step; {doc}`../how_it_works` has a picture.",
+        ("_measure", "_reduce"),
+    ),
+    "tools": (
+        "Around a step",
+        "Analysis, plain autograd, modules, checkpoints, loops.",
+        ("_tools",),
+    ),
+    "rotograd": (
+        "RotoGrad",
+        "A view of z for each task, turned until their gradients agree.",
+        ("_rotograd",),
+    ),
+    "gradinit": (
+        "GradInit",
+        "Scales of a network's initial values, learned before training.",
+        ("_gradinit",),
+    ),
 }
 
 
 def grouped() -> dict[str, list[str]]:
-    """The public names by group; a name belongs to the first group that has its module or the folder of it."""
+    """The public names by group: that of the module, else that of its folder."""
+    rooms = {room: group for group, (_, _, modules) in GROUPS.items() for room in modules}
     groups: dict[str, list[str]] = {group: [] for group in GROUPS}
     for name in gn.__all__:
         module = getattr(gn, name).__module__.removeprefix("gradnorm_func.")
-        places = (module, module.partition(".")[0])
-        group = next(group for place in places for group, (_, _, rooms) in GROUPS.items() if place in rooms)
-        groups[group].append(name)
-    # States and Infos after what makes them.
-    return {group: sorted(names, key=lambda name: hasattr(getattr(gn, name), "_fields")) for group, names in groups.items()}
+        groups[rooms.get(module) or rooms[module.partition(".")[0]]].append(name)
+    is_tuple = lambda name: hasattr(getattr(gn, name), "_fields")
+    # States and Infos stand behind what makes them.
+    return {group: sorted(names, key=is_tuple) for group, names in groups.items()}
 
 
 def write_reference(folder: Path) -> None:
@@ -44,35 +69,37 @@ def write_reference(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for group, names in grouped().items():
         title, intro, _ = GROUPS[group]
-        _write(folder / f"{group}.md", _page(title, intro, "gradnorm_func", {n: getattr(gn, n) for n in names}))
-    from gradnorm_func import plot
-
-    intro = "`from gradnorm_func import plot`, with the extra `plot`. {doc}`../gallery` shows all of them."
-    figures = {name: getattr(plot, name) for name in plot.__all__}
-    _write(folder / "plot.md", _page("Figures", intro, "gradnorm_func.plot", figures))
+        _write(folder / f"{group}.md", _page(title, intro, gn, names))
+    intro = "`from gradnorm_func import plot`, with the extra `plot`; {doc}`../gallery` shows them."
+    _write(folder / "plot.md", _page("Figures", intro, plot, plot.__all__))
 
 
-def _page(title: str, intro: str, module: str, things: dict[str, object]) -> str:
-    entries = []
-    for name, thing in things.items():
-        if inspect.isclass(thing):
-            members = "" if hasattr(thing, "_fields") else "   :members:\n   :exclude-members: __init__, __new__\n"
-            entries.append(f".. autoclass:: {name}\n{members}")
-        else:
-            entries.append(f".. autofunction:: {name}\n")
-    rows = "\n".join(f"   {name}" for name in things)
-    body = f".. currentmodule:: {module}\n\n.. autosummary::\n   :nosignatures:\n\n{rows}\n\n" + "\n".join(entries)
-    return f"# {title}\n\n{intro}\n\n```{{eval-rst}}\n{body}```\n"
+def _page(title: str, intro: str, module: object, names: list[str]) -> str:
+    lines = [f".. currentmodule:: {module.__name__}", ""]
+    lines += [".. autosummary::", "   :nosignatures:", "", *(f"   {name}" for name in names), ""]
+    for name in names:
+        is_class = inspect.isclass(getattr(module, name))
+        lines.append(f".. {'autoclass' if is_class else 'autofunction'}:: {name}")
+        if is_class and not hasattr(getattr(module, name), "_fields"):
+            lines += ["   :members:", "   :exclude-members: __init__, __new__"]
+        lines.append("")
+    return "\n".join([f"# {title}", "", intro, "", "```{eval-rst}", *lines, "```", ""])
 
 
 def describe_fields(app, what, name, thing, options, lines) -> None:
-    """A NamedTuple says what its fields are in comments beside them: a list of these goes below its docstring."""
+    """A NamedTuple says in comments what its fields are: they become a list below its docstring."""
     fields = getattr(thing, "_fields", ()) if what == "class" else ()
     if not fields:
         return
-    comments = dict(re.findall(r"^    (\w+): .*?#\s+(?!type: )(.+)$", inspect.getsource(thing), re.MULTILINE))
-    escaped = {field: ": " + re.sub(r"([*_|])", r"\\\1", text) for field, text in comments.items()}
+    comment = re.compile(r"^    (\w+): .*?#\s+(?!type: )(.+)$", re.MULTILINE)
+    texts = dict(comment.findall(inspect.getsource(thing)))
+    escaped = {field: ": " + re.sub(r"([*_|])", r"\\\1", text) for field, text in texts.items()}
     lines += ["", *(f"- **{field}**{escaped.get(field, '')}" for field in fields), ""]
+
+
+def hide_constructors(app, what, name, thing, options, signature, returns):
+    """A Balancer comes from its method: how it is put together is nobody's affair."""
+    return ("", "") if what == "class" and not hasattr(thing, "_fields") else None
 
 
 def copy_notebooks(source: Path, target: Path) -> None:
