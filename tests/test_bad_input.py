@@ -241,6 +241,7 @@ CALLS = {
     "sgd rate": (lambda s: gn.sgd(-0.1), "learning_rate=-0.1 must be positive; to freeze the weights pass update=Fal"),
     "adam rate": (lambda s: gn.adam(0), "learning_rate=0 must be positive"),
     "adam decay": (lambda s: gn.adam(0.1, b2=1.0), "b2=1.0 must lie in [0, 1)"),
+    "adam weight decay": (lambda s: gn.adam(0.1, weight_decay=-1.0), "weight_decay=-1.0 must be at least 0"),
     "adam eps": (lambda s: gn.adam(0.1, eps=0.0), "eps=0.0 must be positive"),
     "no norms": (
         lambda s: gn.gradnorm_balance(s, gn.TaskStats([1.0, 2.0, 3.0])),
@@ -313,28 +314,28 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("optimizer", [gn.sgd(0.1), gn.adam()], ids=["sgd", "adam"])
-@pytest.mark.parametrize("log_space", [False, True])
+@pytest.mark.parametrize("form", ["paper", "log"])
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("case", UNUSABLE)
-def test_a_step_that_is_not_finite_leaves_the_state_bit_for_bit(case, first, log_space, optimizer):
+def test_a_step_that_is_not_finite_leaves_the_state_bit_for_bit(case, first, form, optimizer):
     state = fresh(optimizer=optimizer)
     if not first:
         state, _ = gn.gradnorm_balance(state, stats([1.0, 2.0, 3.0]), optimizer=optimizer)
     elif case.startswith("negative"):
         state = fresh(optimizer=optimizer, initial_losses=[1.0, 1.0, 1.0])
-    new, info = gn.gradnorm_balance(state, stats(*UNUSABLE[case]), alpha=1.5, log_space=log_space, optimizer=optimizer)
+    new, info = gn.gradnorm_balance(state, stats(*UNUSABLE[case]), alpha=1.5, form=form, optimizer=optimizer)
     assert not info.finite
     assert same_bits(new, state)
-    new, info = gn.gradnorm_balance(state, stats([1.0, 2.0, 3.0]), log_space=log_space, optimizer=optimizer)
+    new, info = gn.gradnorm_balance(state, stats([1.0, 2.0, 3.0]), form=form, optimizer=optimizer)
     assert info.finite, "the next good step goes on"
     assert new.step == state.step + 1
 
 
-@pytest.mark.parametrize("log_space", [False, True])
-def test_a_learning_rate_that_is_not_finite_leaves_the_state(log_space):
+@pytest.mark.parametrize("form", ["paper", "log"])
+def test_a_learning_rate_that_is_not_finite_leaves_the_state(form):
     broken = gn.sgd(lambda t: torch.tensor(NAN))
     state = fresh(optimizer=broken)
-    new, info = gn.gradnorm_balance(state, stats([1.0, 2.0, 3.0]), optimizer=broken, log_space=log_space)
+    new, info = gn.gradnorm_balance(state, stats([1.0, 2.0, 3.0]), optimizer=broken, form=form)
     assert not info.finite
     assert same_bits(new, state)
 
@@ -358,7 +359,7 @@ def test_a_misspelt_option(call):
 )
 def test_a_mask_tensor_false_everywhere_leaves_the_state(mask):
     """Its values cannot be looked at without waiting for the device, so it is no error."""
-    for balancer in (gn.gradnorm(), gn.gradnorm(log_space=True), gn.fixed_ratio(), gn.static()):
+    for balancer in (gn.gradnorm(), gn.gradnorm(form="log"), gn.fixed_ratio(), gn.static()):
         state = balancer.init(3, dtype=F64)
         grads, new, _ = balancer.grad(state, P, SEAM, B, mask=mask)
         assert same_bits(new, state)

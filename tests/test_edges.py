@@ -107,10 +107,10 @@ def test_a_task_absent_at_the_burn_in_step_gets_its_next_loss(method):
     assert seen[at - 1][0][1] > 20 * state.initial_losses[1]
 
 
-@pytest.mark.parametrize("log_space", [False, True])
-def test_one_present_task_writes_no_rounding_into_the_moments(log_space):
+@pytest.mark.parametrize("form", ["paper", "log"])
+def test_one_present_task_writes_no_rounding_into_the_moments(form):
     """Its target is its own norm, but times a ratio and divided by it: ± the norm went into Adam."""
-    options = {"norm_ratios": [3.0, 0.7, 1.1], "log_space": log_space}
+    options = {"norm_ratios": [3.0, 0.7, 1.1], "form": form}
     state = gn.init_state(3, weights=[0.3, 1.7, 1.0])
     for t in range(20):
         norms = [0.1 + 0.37 * t, 1.0, 1.0]
@@ -124,12 +124,12 @@ def test_one_present_task_writes_no_rounding_into_the_moments(log_space):
     torch.testing.assert_close(state.weights, torch.tensor([0.3, 1.7, 1.0]))
 
 
-@pytest.mark.parametrize("log_space", [False, True])
-def test_the_share_of_the_present_tasks_does_not_cancel_in_float32(log_space):
+@pytest.mark.parametrize("form", ["paper", "log"])
+def test_the_share_of_the_present_tasks_does_not_cancel_in_float32(form):
     """As the total minus the absent it was rounding near the floor: 36 of 200 finite steps were refused, and the only
     present weight moved."""
     draw = torch.Generator().manual_seed(0)
-    options = {"log_space": log_space, "optimizer": gn.sgd(1e-9), "alpha": 0.0}
+    options = {"form": form, "optimizer": gn.sgd(1e-9), "alpha": 0.0}
     for _ in range(200):
         weights = torch.full((4,), 1e-7) * (1 + torch.rand(4, generator=draw))
         weights[3] = 4 - weights[:3].sum()

@@ -143,16 +143,16 @@ class Simple(NamedTuple):
         """The weights from before the step."""
         return state.weights
 
-    def step(self, state: State, seen: Seen) -> tuple[State, Info]:
+    def step(self, state: State, seen: Seen, known: Tensor) -> tuple[State, Info]:
         """The rule, once."""
         weights, memory = self.rule(state, seen)
         weights = weights.to(state.weights.dtype)
-        used = weights if self.same_step else state.weights
+        used = weights if self.same_step else known
         return State(weights, state.step, memory), self._info(seen, used, memory)
 
-    def report(self, state: State, seen: Seen) -> Info:
+    def report(self, state: State, seen: Seen, known: Tensor) -> Info:
         """Nothing moves."""
-        return self._info(seen, state.weights, state.memory)
+        return self._info(seen, known, state.memory)
 
     def absent(self, state: State) -> State:
         """What absent tasks keep: all of it."""

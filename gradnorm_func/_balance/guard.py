@@ -39,10 +39,10 @@ class Method(Protocol):
     def known(self, state: Any) -> Tensor | Callable[[Tensor], Tensor]:
         """(T,) the weights of a gradient that the step's norms do not choose; or what makes them of its losses."""
 
-    def step(self, state: Any, seen: Seen) -> tuple[Any, Any]:
+    def step(self, state: Any, seen: Seen, known: Tensor) -> tuple[Any, Any]:
         """The next state but for its count of steps, and what to log."""
 
-    def report(self, state: Any, seen: Seen) -> Any:
+    def report(self, state: Any, seen: Seen, known: Tensor) -> Any:
         """What to log of a step in which nothing moves."""
 
     def absent(self, state: Any) -> Any:
@@ -68,20 +68,19 @@ class Guarded(NamedTuple):
             raw = seen_of(state.weights, stats, active)._replace(applied=applied)
             seen = without_absent(raw)
             turn = due(state, method.every, update)
-            before = method.known(state)
-            if not isinstance(before, Tensor):
-                before = before(seen.losses)
+            known = method.known(state)
+            known = known if isinstance(known, Tensor) else known(seen.losses)
             if turn is False:
-                info = method.report(state, seen)
+                info = method.report(state, seen, known)
                 new, ok = state, raw.finite(raw.losses)
             else:
                 self._require(stats)
-                new, info = method.step(state, seen)
+                new, info = method.step(state, seen, known)
                 ok = raw.finite(*([raw.losses] if method.needs == "losses" else [raw.losses, raw.norms]), new.weights)
                 if isinstance(turn, Tensor):  # a step whose turn it is not needs finite losses only
                     unmeasured = seen._replace(norms=torch.full_like(seen.norms, torch.nan))
                     ok = torch.where(turn, ok, raw.finite(raw.losses))
-                    info = choose(turn, info, method.report(state, unmeasured))
+                    info = choose(turn, info, method.report(state, unmeasured, known))
             info = info._replace(finite=ok)
             if active is not None:
                 norms = torch.where(turn, raw.norms, torch.nan) if isinstance(turn, Tensor) else raw.norms
@@ -89,9 +88,9 @@ class Guarded(NamedTuple):
             if update is False:
                 return state, info
             ok = accepted(ok, active, update)
-            if info.weights is not before:  # a step that is refused, and an absent task, keep the old weights
+            if info.weights is not known:  # a step that is refused, and an absent task, keep the old weights
                 moves = ok if turn is True else ok & turn
-                used = torch.where(moves if active is None else moves & active, info.weights, before)
+                used = torch.where(moves if active is None else moves & active, info.weights, known)
                 info = info._replace(weights=used, total_loss=seen.dot(used, seen.losses))
             return settled(new, state, ok, turn, active, method.absent), info
 

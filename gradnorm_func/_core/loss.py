@@ -170,7 +170,7 @@ def multi_task_loss(
         if backbone is None:
             raise ValueError("stacked_heads needs a backbone; with backbone=None give a dict or list of loss functions")
         return MultiTaskLoss(backbone, heads, last_shared, has_aux)
-    if callable(heads) or not isinstance(heads, (Mapping, Sequence)):
+    if not isinstance(heads, (Mapping, Sequence)):
         raise ValueError(f"heads={heads!r} must be a dict or a list of functions, or gn.stacked_heads(...)")
     if len(heads) < 2:
         raise ValueError(f"heads has {len(heads)} task(s); balancing needs at least two")

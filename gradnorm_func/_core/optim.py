@@ -110,8 +110,9 @@ def adam(
     b1: float | Tensor = 0.9,
     b2: float | Tensor = 0.999,
     eps: float | Tensor = 1e-8,
+    weight_decay: float | Tensor = 0.0,
 ) -> Optimizer:
-    r"""Adam with bias correction, :math:`w \leftarrow w - \eta_t \hat m / (\sqrt{\hat v} + \epsilon)`.
+    r"""Adam with bias correction, :math:`w \leftarrow w - \eta_t (\hat m / (\sqrt{\hat v} + \epsilon) + \lambda w)`.
 
     Args:
         learning_rate: η, a number, a 0-d tensor, or a schedule that maps the 0-d int64 count of updates so far (of
@@ -119,13 +120,16 @@ def adam(
         b1: decay of the first moment, in [0, 1).
         b2: decay of the second moment, in [0, 1).
         eps: ε, added to the root of the second moment.
+        weight_decay: λ, decoupled from the gradient: AdamW, for the parameters of a model. Leave it at 0 for weights of
+            tasks.
 
     Returns:
         Optimizer: an (init, update) pair. Moments and step are float32 at least. The bias of each task is corrected by
         the number of updates in which it was present.
 
     Raises:
-        ValueError: if the learning rate or ε is a number that is not positive, or a decay lies outside [0, 1).
+        ValueError: if the learning rate or ε is a number that is not positive, a decay b1 or b2 lies outside [0, 1), or
+            `weight_decay` is negative.
 
     Example:
         >>> import torch, gradnorm_func as gn
@@ -134,7 +138,7 @@ def adam(
         >>> step
         tensor([-0.1000,  0.1000])
 
-    Source: Kingma & Ba 2015, Algorithm 1.
+    Source: Kingma & Ba 2015, Algorithm 1; the decay: Loshchilov & Hutter 2019, Algorithm 2.
     """
     _check_rate(learning_rate)
     for name, decay in (("b1", b1), ("b2", b2)):
@@ -142,13 +146,16 @@ def adam(
             raise ValueError(f"{name}={decay} must lie in [0, 1)")
     if not isinstance(eps, Tensor) and not eps > 0:
         raise ValueError(f"eps={eps} must be positive: it keeps the step finite where the gradient is zero")
+    decays = isinstance(weight_decay, Tensor) or weight_decay != 0
+    if not isinstance(weight_decay, Tensor) and not 0 <= weight_decay < float("inf"):
+        raise ValueError(f"weight_decay={weight_decay} must be at least 0, which is none")
 
     def init(weights: Tensor) -> AdamState:
         count = torch.zeros(weights.shape[:1], dtype=torch.int64, device=weights.device)
         zeros = torch.zeros_like(weights, dtype=accum_dtype(weights))  # 0.999 is 1 in bfloat16
         return AdamState(count, zeros, zeros.clone())
 
-    def update(grad: Tensor, state: AdamState, _weights: Tensor) -> tuple[Tensor, AdamState]:
+    def update(grad: Tensor, state: AdamState, weights: Tensor) -> tuple[Tensor, AdamState]:
         grad, count = grad.to(state.mean.dtype), state.step + 1
         mean = _mixed(grad, state.mean, b1)
         square = _mixed(grad * grad, state.square, b2)
@@ -159,7 +166,10 @@ def adam(
         else:
             mean_part, square_part = 1 - b1**power, 1 - b2**power
             size = (square / square_part).sqrt()
-        step = mean * -_rate(learning_rate, state.step) / ((size + eps) * mean_part)
+        rate = _rate(learning_rate, state.step)
+        step = mean * -rate / ((size + eps) * mean_part)
+        if decays:
+            step = step - rate * weight_decay * weights
         return step, AdamState(count, mean, square)
 
     return Optimizer(init, update)

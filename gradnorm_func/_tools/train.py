@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar, overload
@@ -15,7 +16,7 @@ from gradnorm_func._balance.gradnorm import gradnorm
 from gradnorm_func._balance.guard import I, S
 from gradnorm_func._balance.protocol import Balancer
 from gradnorm_func._core import tree
-from gradnorm_func._core.compiling import compiled
+from gradnorm_func._core.compiling import compiled_once
 from gradnorm_func._core.loss import LossFn
 from gradnorm_func._core.progress import Bar, bar
 from gradnorm_func._core.tasks import task_names, task_vector
@@ -130,11 +131,8 @@ def train(
     current, stepper = _start(params, optimizer, optimizer_state)  # always up to date, for the stepper works in place
     has_aux = buffers is not None
 
-    def step(state: Any, current: Params, batch: Batch, tasks: Any, update: bool) -> Any:
-        grad: Any = balancer.grad
-        return grad(state, current, loss_fn, batch, mask=tasks, update=update, has_aux=has_aux)
-
-    run = compiled(step) if compile else step
+    program = (balancer, loss_fn, has_aux)
+    run = compiled_once(_step, program, current) if compile else functools.partial(_step, program)
     history: list[Any] = []
     names: list[str] = []
     for batch in (shown := bar(batches, progress, "train")):
@@ -163,6 +161,12 @@ def train(
         leaf.grad = None
     stacked = tree.tree_map(lambda *rows: torch.stack(rows), *history)
     return TrainResult(current, state, stacked, stepper.state_dict())
+
+
+def _step(program: Any, state: Any, params: Any, batch: Any, mask: Any, update: bool) -> Any:
+    """The gradients and the next state, in a form that is compiled once for a program."""
+    balancer, loss_fn, has_aux = program
+    return balancer.grad(state, params, loss_fn, batch, mask=mask, update=update, has_aux=has_aux)
 
 
 def _start(params: Params, optimizer: Any, optimizer_state: Mapping[str, Any] | None) -> tuple[Params, Any]:
