@@ -1,6 +1,7 @@
-"""Draws the pictures of the gallery, `docs/pictures/*.png`, in about a minute."""
+"""Draws the pictures of the gallery, `docs/pictures/*.png`: `python docs/gallery.py [NAME ...]`."""
 
 import io
+import sys
 from pathlib import Path
 
 import gradnorm_func as gn
@@ -31,10 +32,14 @@ def adam(leaves):
     return torch.optim.Adam(leaves, lr=3e-3)
 
 
-def train(balancer, seed=0, loss_fn=digits.loss_fn):
-    return gn.train(
-        digits.init_params(seed), loss_fn, batches(seed), balancer=balancer, optimizer=adam
-    )
+def train(balancer, seed=0, loss_fn=digits.loss_fn, tasks=tuple(digits.heads)):
+    heads = tuple(f"heads.{task}." for task in tasks)
+    params = {
+        name: value
+        for name, value in digits.init_params(seed).items()
+        if name.startswith(("trunk.", *heads))
+    }
+    return gn.train(params, loss_fn, batches(seed), balancer=balancer, optimizer=adam)
 
 
 def in_pieces(balancer, seed, look):
@@ -54,7 +59,7 @@ def in_pieces(balancer, seed, look):
 def pictures():
     """From a function's name to what draws it."""
     run, equal = train(METHODS["GradNorm"]()), train(METHODS["equal weights"]())
-    names, batch = digits.heads, batches(1, 1)[0]
+    losses, names, batch = digits.loss_fn, digits.heads, batches(1, 1)[0]
     test = digits.pairs(DATA["test"], 2000, torch.Generator().manual_seed(9))
     wrong = lambda params: digits.errors(params, test)[0]
     cosines = lambda params: gn.task_cosine_similarity(digits.loss_fn, params, batch, where=W)
@@ -65,25 +70,46 @@ def pictures():
             name: torch.stack([in_pieces(balancer(), seed, wrong) for seed in range(SEEDS)])
             for name, balancer in METHODS.items()
         }
-        plot.compare(errors, steps=range(0, STEPS, EVERY), label="left digit, % wrong (test)")
+        steps = range(0, STEPS, EVERY)
+        return plot.compare(errors, steps=steps, label="left digit, % wrong (test)")
 
     def pareto():
-        two = lambda params, batch: {
-            "left": (all_six := digits.loss_fn(params, batch))["left"],
-            "image": all_six["image"],
-        }
-        last = lambda balancer: train(balancer, loss_fn=two).history.losses[-30:].mean(0)
+        tasks = ("image", "left")
+        two = lambda params, batch: {task: losses(params, batch)[task] for task in tasks}
+        last = lambda balancer: train(balancer, 0, two, tasks).history.losses[-30:].mean(0)
         shares = torch.tensor([0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98])
-        front = torch.stack(
-            [last(gn.static([2 * s, 2 - 2 * s])) for s in shares.tolist()]
-        )  # tasks: image, left
+        front = torch.stack([last(gn.static({"image": 2 * s, "left": 2 - 2 * s})) for s in shares])
         points = {"GradNorm": last(gn.gradnorm(where=W)), "uncertainty": last(gn.uncertainty())}
-        plot.pareto(front, methods=points, shares=shares, names=["image", "left"])
+        return plot.pareto(front, methods=points, shares=shares, names=tasks)
+
+    def results():
+        errors = {
+            name: torch.stack(
+                [digits.errors(train(make(), seed).params, test) for seed in range(SEEDS)]
+            )
+            for name, make in METHODS.items()
+        }
+        return plot.results(errors, baseline="equal weights", names=list(digits.METRICS))
+
+    def sweep():
+        grid = {"alpha": [0.0, 0.5, 1.0, 2.0], "rate": [0.003, 0.01, 0.03, 0.1]}
+        result = gn.sweep(
+            digits.init_params,
+            losses,
+            batches(0, 100),
+            grid=grid,
+            seeds=range(2),
+            balancer=lambda alpha, rate: gn.gradnorm(where=W, alpha=alpha, optimizer=gn.adam(rate)),
+            optimizer=gn.adam(3e-3),
+            metric=lambda params: digits.errors(params, test)[0],
+        )
+        return plot.sweep(result, label="left digit, % wrong")
 
     return {
         "overview": lambda: plot.overview(run.history, names=names, smooth=5),
         "weights": lambda: plot.weights(run.history, names=names),
         "grad_norms": lambda: plot.grad_norms(run.history, names=names, smooth=5),
+        "shares": lambda: plot.shares(equal.history, names=names, smooth=5),
         "loss_ratios": lambda: plot.loss_ratios(run.history, names=names, smooth=5),
         "inverse_rates": lambda: plot.inverse_rates(equal.history, names=names, smooth=5),
         "conflicts": lambda: plot.conflicts(cosines(run.params), names=names),
@@ -92,21 +118,23 @@ def pictures():
         ),
         "layers": lambda: plot.layers(report),
         "compare": compare,
+        "results": results,
+        "sweep": sweep,
         "pareto": pareto,
     }
 
 
-def save(name):
+def save(name, drawn):
     """As a PNG of a few colours: a tenth of the size, and nobody sees it."""
-    figure = plt.gcf()
     buffer = io.BytesIO()
+    figure = getattr(drawn, "figure", drawn)
     figure.savefig(buffer, dpi=130, bbox_inches="tight", facecolor="white")
     Image.open(buffer).convert("RGB").quantize(96).save(PICTURES / f"{name}.png", optimize=True)
     plt.close("all")
 
 
 if __name__ == "__main__":
-    for name, draw in pictures().items():
-        draw()
-        save(name)
+    draw = pictures()
+    for name in sys.argv[1:] or plot.__all__:
+        save(name, draw[name]())
         print(name, (PICTURES / f"{name}.png").stat().st_size // 1024, "KiB")
