@@ -48,6 +48,7 @@ autosummary_generate = False
 default_role = "py:obj"  # `measure` in a docstring: a link if there is such a thing, code otherwise
 python_maximum_signature_line_length = 140
 napoleon_numpy_docstring = False
+napoleon_use_param = False  # one entry for arguments that are described together
 napoleon_custom_sections = [
     "Returns"
 ]  # prose, of which napoleon would take all before a colon for a type
