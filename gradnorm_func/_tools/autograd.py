@@ -150,7 +150,8 @@ def measure_losses(
     gradients over the R ranks: `share` is R n_r / Σ n_r, 1 for batches of one size. With micro-batches n_r is the size
     of this one, the sum goes over them all, `merge` unites their stats, and the backward passes use the weights from
     before. GradNorm always does, so it can have the norms of the step's own backward pass, and the heads run backwards
-    once: give `weights`, and call this after `backward` and before `balance`. Gradients that were written for a step
+    once: take `weights = balancer.weights(state, gn.measure_losses(losses, needs="losses"))` (over ranks of its
+    `all_reduce`), give them here, and call this after `backward` and before `balance`. Gradients that were written for a step
     with `info.finite` False are to be dropped, not stepped on.
 
     Args:
