@@ -45,7 +45,7 @@ nb_execution_raise_on_error = True
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 autosummary_generate = False
-default_role = "py:obj"  # `measure` in a docstring: a link if there is such a thing, code otherwise
+default_role = "py:obj"  # `measure` in a docstring is a link; see pages.mark_code
 python_maximum_signature_line_length = 140
 napoleon_numpy_docstring = False
 napoleon_use_param = False  # one entry for arguments that are described together
@@ -69,4 +69,5 @@ def setup(app):
     pages.write_reference(DOCS / "reference")
     pages.copy_notebooks(DOCS.parent / "notebooks", DOCS / "notebooks")
     app.connect("autodoc-process-docstring", pages.describe_fields)
+    app.connect("autodoc-process-docstring", pages.mark_code)
     app.connect("autodoc-process-signature", pages.hide_constructors)

@@ -97,6 +97,13 @@ def describe_fields(app, what, name, thing, options, lines) -> None:
     lines += ["", *(f"- **{field}**{escaped.get(field, '')}" for field in fields), ""]
 
 
+def mark_code(app, what, name, thing, options, lines) -> None:
+    """Single backticks are code in our docstrings; those around a public name become links to it."""
+    single = re.compile(r"(?<![`:\w])`([^`]+)`(?!`)")
+    mark = lambda found: found[0] if found[1] in gn.__all__ else f"``{found[1]}``"
+    lines[:] = [single.sub(mark, line) for line in lines]
+
+
 def hide_constructors(app, what, name, thing, options, signature, returns):
     """A Balancer comes from its method: how it is put together is nobody's affair."""
     return ("", "") if what == "class" and not hasattr(thing, "_fields") else None
