@@ -98,10 +98,11 @@ def describe_fields(app, what, name, thing, options, lines) -> None:
 
 
 def mark_code(app, what, name, thing, options, lines) -> None:
-    """Single backticks are code in our docstrings; those around a public name become links to it."""
-    single = re.compile(r"(?<![`:\w])`([^`]+)`(?!`)")
-    mark = lambda found: found[0] if found[1] in gn.__all__ else f"``{found[1]}``"
-    lines[:] = [single.sub(mark, line) for line in lines]
+    """Single backticks are code in our docstrings, and a link around a public name."""
+    spans = re.compile(r":\w+:`[^`]*`|``[^`]*``|`([^`]+)`")
+    plain = lambda found: found[1] is None or found[1] in gn.__all__
+    mark = lambda found: found[0] if plain(found) else f"``{found[1]}``"
+    lines[:] = [spans.sub(mark, line) for line in lines]
 
 
 def hide_constructors(app, what, name, thing, options, signature, returns):
