@@ -159,6 +159,23 @@ def test_the_interval_holds_the_mean_and_pairs_the_seeds():
     assert one.verdict == "loses"
 
 
+def test_searched_methods_are_compared_with_searched_equal_weights():
+    """And the change is the log ratio, seed by seed."""
+    key = lambda condition, method: results.Key("diabetes", "adam", condition, method)
+    row = lambda *test: {"test": [[x, 1.0] for x in test], "tasks": ["a", "b"], "at_edge": False}
+    records = {
+        key("normalised", "equal"): row(1.0, 2.0),
+        key("normalised", "equal, searched"): row(0.5, 1.0),
+        key("x100", "gradnorm"): row(math.e, 2 * math.e),
+        key("x100", "gradnorm, searched"): row(0.5, 1.0),
+    }
+    page, found = report.main_table(records, "adam", "x100")
+    assert found["gradnorm"] == pytest.approx((50.0, 50.0, 50.0))
+    assert found["gradnorm, searched"] == pytest.approx((0.0, 0.0, 0.0))
+    assert "| gradnorm | +50.0 [+50.0, +50.0] | loses | +50.0 diabetes | +100 diabetes, a | +50.0 |" in page
+    assert report.pairs(records, "adam", "normalised", "equal", "equal")["diabetes"].tolist() == [[0.0, 0.0]] * 2
+
+
 def test_names_with_commas():
     text = 'equal, searched,gradnorm,gn.gradnorm(alpha=0.5,form="log"),static from equal, searched'
     assert main.names(text) == [

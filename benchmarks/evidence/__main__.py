@@ -19,13 +19,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from . import data, results
-from .methods import EXPORT, METHODS, Case, method_of
+from .methods import CONTROLS, EXPORT, METHODS, Case, method_of
 from .problems import CONDITIONS, PINNS, make
 from .protocol import Protocol, measure
 from .report import report
 
 MAIN_CONDITIONS = ("normalised", "raw", "x100")
-EXPORTS = ("gradnorm", "fixed_ratio", "uncertainty")
 QUICK = ("equal", "equal, total held", "1 / L(0)", "uncertainty", "gradnorm", "gradnorm, as published")
 
 
@@ -66,7 +65,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     data.use(args.folder)
     args.data = args.data or [*data.available(), *PINNS]
     args.conditions = args.conditions or list(MAIN_CONDITIONS)
-    args.methods = args.methods or [*METHODS, *(EXPORT + name for name in EXPORTS)]
+    args.methods = args.methods or [*METHODS, *(EXPORT + name for name in METHODS if name not in CONTROLS)]
     for chosen, known in ((args.data, [*data.ALL, *PINNS]), (args.conditions, CONDITIONS)):
         for name in set(chosen) - set(known):
             parser.error(f"{name!r} is none of {', '.join(known)}")
