@@ -75,7 +75,8 @@ def pictures():
 
     def pareto():
         tasks = ("image", "left")
-        two = lambda params, batch: {task: losses(params, batch)[task] for task in tasks}
+        heads = {task: digits.heads[task] for task in tasks}
+        two = gn.multi_task_loss(digits.backbone, heads, last_shared=digits.last_shared)
         last = lambda balancer: train(balancer, 0, two, tasks).history.losses[-30:].mean(0)
         shares = torch.tensor([0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98])
         front = torch.stack([last(gn.static({"image": 2 * s, "left": 2 - 2 * s})) for s in shares])
