@@ -179,7 +179,7 @@ def gradnorm_balance(
     Args:
         state: from `init_state`, made with the same optimizer.
         stats: from `measure`, `merge`, or made by the caller: `TaskStats(losses, grad_norms)`.
-        alpha, optimizer, **hyper: as in `gradnorm`.
+        alpha, optimizer, hyper: as in `gradnorm`.
         mask: the tasks present in this batch, (T,) bool or a pytree like the losses. Absent tasks keep weight,
             L(0) and moments; the present ones share what remains of the sum. A tensor that is False everywhere
             leaves the state as it was. The gradient of an absent loss is multiplied by 0, and 0 times NaN is NaN:
