@@ -107,8 +107,8 @@ def gradnorm(
       down to 0.01 and the whole gradient with it, which an optimizer's second moment remembers for long.
 
     Args:
-        alpha: restoring force α >= 0, a number or a 0-d tensor. 0 aims at equal norms, the choice for losses that may be
-            negative; more lets slow tasks catch up. The paper has 0.12 for symmetric tasks and 1.5 for NYUv2.
+        alpha: restoring force α >= 0, a number or a 0-d tensor. 0 aims at equal norms, the choice for losses that may
+            be negative; more lets slow tasks catch up. The paper has 0.12 for symmetric tasks and 1.5 for NYUv2.
         optimizer: of the weights; None is Adam at 0.025, the paper's.
         norm_ratios: prior ratios ρ of the norms, T positive numbers or a pytree like the losses, scaled here to a
             mean of 1. None is equal.
