@@ -46,10 +46,10 @@ def sweep(
     Example:
         >>> from matplotlib.figure import Figure
         >>> from gradnorm_func import plot
-        >>> runs = {"alpha": [0, 0, 1, 1], "lr": [0.1, 0.2, 0.1, 0.2], "metric": [5.0, 4.0, 3.0, 2.5]}
+        >>> runs = {"alpha": [0, 1, 2, 0, 1, 2], "lr": [0.1] * 3 + [0.2] * 3, "metric": [5.0, 4.0, 3.0, 4.0, 3.0, 2.0]}
         >>> ax = plot.sweep(runs, Figure().subplots(), label="error")
         >>> ax.get_xlabel()
-        'lr\\n(framed: the best, at the edge of the grid in alpha, lr)'
+        'lr\\n(framed: the best, at the edge of the grid in alpha)'
     """
     table = _table(result)
     rows, columns = _sides(table, x, y)
@@ -83,7 +83,7 @@ def sweep(
         Rectangle((best[1] - 0.5, best[0] - 0.5), 1, 1, fill=False, edgecolor=FRAME, linewidth=3, clip_on=False)
     )
     sides = ((rows, best[0], len(ys)), (columns, best[1], len(xs)))
-    edges = [name for name, k, count in sides if count > 1 and k in (0, count - 1)]
+    edges = [name for name, k, count in sides if count > 2 and k in (0, count - 1)]
     where = f", at the edge of the grid in {', '.join(edges)}" if edges else ""
     ax.set_xlabel(f"{columns}\n(framed: the best{where})")
     ax.set_ylabel(rows)
