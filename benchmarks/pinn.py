@@ -71,7 +71,7 @@ def methods(equation: equations.Equation) -> list[Method]:
         return gn.static()
 
     def gradnorm(alpha: Tensor | float) -> gn.Balancer:
-        return gn.gradnorm(alpha=alpha, log_space=True)
+        return gn.gradnorm(alpha=alpha, form="log")
 
     def norms(hyper: Tensor | float) -> gn.Balancer:
         return gn.equal_norms(every=EVERY)

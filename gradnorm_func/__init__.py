@@ -31,8 +31,9 @@ from gradnorm_func._balance.uncertainty import uncertainty
 from gradnorm_func._balance.upgrad import dualproj, upgrad
 
 # What a loss is, and the optimizers of the weights
-from gradnorm_func._core.loss import multi_task_loss, shared_linear, stacked_heads, task_names
+from gradnorm_func._core.loss import multi_task_loss, shared_linear, stacked_heads
 from gradnorm_func._core.optim import Optimizer, adam, sgd
+from gradnorm_func._core.tasks import by_name, task_names, weighted_sum
 
 # GradInit
 from gradnorm_func._gradinit.rescale_adam import rescale_adam
@@ -41,7 +42,7 @@ from gradnorm_func._gradinit.state import GradInitInfo, GradInitState, gradinit_
 from gradnorm_func._gradinit.step import gradinit_step
 
 # measure → reduce
-from gradnorm_func._measure.check_seam import check_seam
+from gradnorm_func._measure.check import check
 from gradnorm_func._measure.measure import measure
 from gradnorm_func._reduce.ranks import all_reduce
 from gradnorm_func._reduce.stats import TaskStats, merge
@@ -81,9 +82,10 @@ __all__ = [
     "aligned",
     "all_reduce",
     "balancer",
+    "by_name",
     "cagrad",
+    "check",
     "check_finite",
-    "check_seam",
     "config",
     "dualproj",
     "dwa",
@@ -140,6 +142,7 @@ __all__ = [
     "uncertainty",
     "upgrad",
     "weigh_trunk",
+    "weighted_sum",
     "write_buffers",
     "write_grads",
 ]

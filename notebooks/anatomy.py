@@ -151,7 +151,7 @@ HEADER = f"{'change, %':14}" + "".join(f"{task:>8}" for task in digits.METRICS) 
 print(f"Test error against equal weights, {len(SEEDS)} seeds; below 0 is better\n\n{HEADER}")
 weights = {}
 for name, where in places.items():
-    histories, change = changes(gn.gradnorm(alpha=0.12, where=where, log_space=True, optimizer=gn.adam(0.025)))
+    histories, change = changes(gn.gradnorm(alpha=0.12, where=where, form="log", optimizer=gn.adam(0.025)))
     weights[name] = gn.mean_weights(histories[0], start=STEPS // 2)
     print(row(name, change))
 print(f"\nMean weights of the second half, seed 0\n{'':14}" + "".join(f"{task:>8}" for task in tasks))
@@ -169,7 +169,7 @@ for name, mean in weights.items():
 print(HEADER)
 by_alpha = {}
 for alpha in (0.0, 0.12, 1.5):
-    balancer = gn.gradnorm(alpha=alpha, where=digits.W, log_space=True, optimizer=gn.adam(0.025))
+    balancer = gn.gradnorm(alpha=alpha, where=digits.W, form="log", optimizer=gn.adam(0.025))
     histories, change = changes(balancer)
     by_alpha[alpha] = histories[0]
     print(row(f"alpha = {alpha:g}", change))

@@ -59,7 +59,7 @@ loss_fn = gn.multi_task_loss(
         "ink": lambda params, z, batch: mse_loss((z @ params["ink"])[:, 0], batch["ink"]),
     },
 )
-balancer = gn.gradnorm(alpha=0.5, log_space=True, optimizer=gn.adam(0.1))
+balancer = gn.gradnorm(alpha=0.5, form="log", optimizer=gn.adam(0.1))
 
 
 def batches(steps=200, size=128):

@@ -103,7 +103,7 @@ HAND = 0.4
 
 def inner_factors(start, state):
     """The learned factor of every weight matrix inside the blocks, from the first block to the last."""
-    factors = dict(zip(gn.task_names(start), state.scales.tolist(), strict=True))
+    factors = {path: float(scale) for path, scale in gn.by_name(start, state.scales).items()}
     return [factors[f"inner.{i}.weight"] for i in range(32)]
 
 

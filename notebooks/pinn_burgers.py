@@ -131,7 +131,7 @@ points = torch.stack([t_grid, x_grid], -1)
 #
 # One loop for any balancer. For GradNorm:
 #
-# - `log_space=True` lets weights span decades, and a small learning rate lets them move slowly.
+# - `form="log"` lets weights span decades, and a small learning rate lets them move slowly.
 # - `alpha` says how far a slow loss may catch up; 0 makes all gradients equally long.
 # - **Give L(0).** GradNorm asks how far each loss has come since L(0). A fresh network is nearly zero, and zero solves
 #   the equation and fits the boundary: their first losses, printed below, are next to nothing. They grow from there, so
@@ -161,7 +161,7 @@ def train(balancer, every=1, **start):
     return field, 100 * float((field - exact).norm() / exact.norm()), torch.stack(weights)
 
 
-slow = gn.gradnorm(alpha=2.0, log_space=True, optimizer=gn.adam(0.0025))
+slow = gn.gradnorm(alpha=2.0, form="log", optimizer=gn.adam(0.0025))
 runs = {
     "equal weights": train(gn.static()),
     "GradNorm, L(0) of the first batch": train(slow),

@@ -31,6 +31,21 @@ stacked = gn.multi_task_loss(
 STACKED_PARAMS = {"w": torch.ones(3, 3), "heads.v": torch.ones(5, 3)}
 
 
+NET = torch.nn.Linear(5, 3, dtype=F64)
+net_head = lambda p, z, x: NET(z).square().mean()
+closed_over = lambda p, x: [NET(x)[:, i].square().mean() for i in range(3)]
+TWICE = gn.multi_task_loss(
+    lambda p, b: torch.tanh(SEAM.backbone(p, b) @ p["trunk.1.weight"].T + p["trunk.1.bias"]),
+    SEAM.heads,
+    last_shared=SEAM.last_shared,
+)
+
+
+def with_head(loss_fn, head):
+    """The same loss with another last head."""
+    return gn.multi_task_loss(loss_fn.backbone, loss_fn.heads | {"t2": head})
+
+
 def tasks_changed(losses, state):
     return (
         f"loss_fn returned {losses} losses, but the state was made for {state} tasks: init_state({losses}) makes one "
@@ -102,6 +117,46 @@ CALLS = {
         "losses has shape (6, 5): reduce it to one scalar per task, shape (T,)",
     ),
     "nothing": (lambda s: gn.gradnorm_grad(s, P, lambda p, b: None, B), "losses is empty: return one scalar per task"),
+    "a number": (
+        lambda s: gn.gradnorm_grad(s, P, lambda p, b: GENERAL(p, b) | {"t1": GENERAL(p, b)["t1"].item()}, B),
+        "losses without a gradient: 't1' (float). Was it taken out of the graph by .item() or float()? Return the",
+    ),
+    "numpy, separable": (
+        lambda s: gn.gradnorm_grad(s, P, with_head(problem.separable, lambda p, b: np.float64(1.0)), B),
+        "losses without a gradient: 't2' (float64)",
+    ),
+    "a number, seam": (
+        lambda s: gn.gradnorm_grad(s, P, with_head(SEAM, lambda p, z, b: z.sum().item()), B),
+        "losses without a gradient: 't2' (float)",
+    ),
+    "nothing from a head": (
+        lambda s: gn.gradnorm_grad(s, P, with_head(SEAM, lambda p, z, b: None), B),
+        "losses['t2'] is None: its function returned nothing, so let it return the loss",
+    ),
+    "nothing for a task": (
+        lambda s: gn.gradnorm_grad(s, P, lambda p, b: GENERAL(p, b) | {"t0": None}, B),
+        "losses['t0'] is None",
+    ),
+    "closed over": (
+        lambda s: gn.gradnorm_grad(s, dict(NET.named_parameters()), closed_over, B[0]),
+        "no loss depends on any of params: does loss_fn close over a module? Write call = gn.",
+    ),
+    "closed over, seam": (
+        lambda s: gn.gradnorm_grad(
+            s, dict(NET.named_parameters()), gn.multi_task_loss(lambda p, x: x, [net_head] * 3), B[0]
+        ),
+        "no loss depends on any of params",
+    ),
+    "closed over, separable": (
+        lambda s: gn.gradnorm_grad(
+            s, dict(NET.named_parameters()), gn.multi_task_loss(None, [lambda p, x: net_head(p, x, x)] * 3), B[0]
+        ),
+        "no loss depends on any of params",
+    ),
+    "applied twice": (
+        lambda s: gn.gradnorm_grad(s, P, TWICE, B, where="trunk.1.weight"),
+        "the backbone reads 'trunk.1.weight' itself, and last_shared=gn.shared_linear('trunk.1.weight', ...) ",
+    ),
     "no aux": (
         lambda s: gn.gradnorm_grad(s, P, GENERAL, B, has_aux=True),
         "has_aux=True, so loss_fn must return (losses, aux), not dict",
@@ -123,10 +178,44 @@ CALLS = {
     ),
     "one unknown of two": (lambda s: gn.gradnorm_grad(s, P, SEAM, B, where=["trunk", "haed"]), "where='haed' matches"),
     "no where": (lambda s: gn.gradnorm_grad(s, P, SEAM, B, where=[]), "where=[] selects no parameter; give a path"),
+    "where of one head": (
+        lambda s: gn.gradnorm_grad(s, P, SEAM, B, where="head.1"),
+        "where='head.1' is no W: only the task 't1' reads it, and norms there are exactly 0 otherwise; give",
+    ),
+    "where of one head, general": (lambda s: gn.gradnorm_grad(s, P, GENERAL, B, where="head.1"), "only the task 't1'"),
+    "where of one head, separable": (
+        lambda s: gn.gradnorm_grad(s, P, problem.separable, B, where=["head.1"]),
+        "only the task 't1' reads it",
+    ),
     "where never": (
         lambda s: gn.gradnorm_grad(s, P, SEAM, B, where=lambda path: False),
         "selects no parameter; the paths are",
     ),
+    "where a Parameter": (
+        lambda s: gn.gradnorm_grad(s, P, SEAM, B, where=P["trunk.1.weight"]),
+        "where=Tensor is no path: W is named by its dotted path in params, where='trunk.1.weight'",
+    ),
+    "where a list of Parameters": (
+        lambda s: gn.gradnorm_grad(s, P, SEAM, B, where=[P["trunk.1.bias"]]),
+        "in params, where='trunk.1.bias'",
+    ),
+    "where a module": (
+        lambda s: gn.gradnorm_grad(s, dict(NET.named_parameters()), closed_over, B[0], where=NET),
+        "where=Linear is no path: W is named by its dotted path in params, where='weight'",
+    ),
+    "where of another model": (
+        lambda s: gn.task_grad_norms(GENERAL, P, B, where=NET.weight),
+        "where=Parameter is no path: W is named by its dotted",
+    ),
+    "params a module": (
+        lambda s: gn.gradnorm_grad(s, NET, closed_over, B[0]),
+        "params is a Linear; it takes parameters by name: dict(model.named_parameters())",
+    ),
+    "params a generator": (
+        lambda s: gn.gradnorm_grad(s, NET.parameters(), closed_over, B[0]),
+        "params is a generator; it takes parameters by name: dict(model.named_parameters())",
+    ),
+    "params a module, train": (lambda s: gn.train(NET, closed_over, [B[0]]), "params is a Linear"),
     # hyperparameters
     "alpha": (lambda s: gn.gradnorm_grad(s, P, SEAM, B, alpha=-0.5), "alpha=-0.5 must be at least 0: 0 aims at equal"),
     "alpha NaN": (lambda s: gn.gradnorm_update(s, P, SEAM, B, alpha=NAN), "alpha=nan must be at least 0"),
@@ -152,6 +241,7 @@ CALLS = {
     "sgd rate": (lambda s: gn.sgd(-0.1), "learning_rate=-0.1 must be positive; to freeze the weights pass update=Fal"),
     "adam rate": (lambda s: gn.adam(0), "learning_rate=0 must be positive"),
     "adam decay": (lambda s: gn.adam(0.1, b2=1.0), "b2=1.0 must lie in [0, 1)"),
+    "adam weight decay": (lambda s: gn.adam(0.1, weight_decay=-1.0), "weight_decay=-1.0 must be at least 0"),
     "adam eps": (lambda s: gn.adam(0.1, eps=0.0), "eps=0.0 must be positive"),
     "no norms": (
         lambda s: gn.gradnorm_balance(s, gn.TaskStats([1.0, 2.0, 3.0])),
@@ -166,6 +256,14 @@ CALLS = {
     "nothing present, dict": (
         lambda s: gn.gradnorm_balance(s, stats([1, 2, 3]), mask=dict.fromkeys("abc", False)),
         "leaves no task",
+    ),
+    "mask of names": (
+        lambda s: gn.gradnorm_grad(s, P, SEAM, B, mask=["t1"]),
+        "mask=['t1'] holds names; it takes one truth value for each task: give {name: name in ['t1'] for name in",
+    ),
+    "mask in numpy, nothing present": (
+        lambda s: gn.gradnorm_grad(s, P, SEAM, B, mask=np.zeros(2, dtype=bool)),
+        "mask has shape (2,), but there are 3 tasks",
     ),
     "mask length": (
         lambda s: gn.gradnorm_grad(s, P, SEAM, B, mask=torch.tensor([True, False])),
@@ -216,28 +314,28 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("optimizer", [gn.sgd(0.1), gn.adam()], ids=["sgd", "adam"])
-@pytest.mark.parametrize("log_space", [False, True])
+@pytest.mark.parametrize("form", ["paper", "log"])
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("case", UNUSABLE)
-def test_a_step_that_is_not_finite_leaves_the_state_bit_for_bit(case, first, log_space, optimizer):
+def test_a_step_that_is_not_finite_leaves_the_state_bit_for_bit(case, first, form, optimizer):
     state = fresh(optimizer=optimizer)
     if not first:
         state, _ = gn.gradnorm_balance(state, stats([1.0, 2.0, 3.0]), optimizer=optimizer)
     elif case.startswith("negative"):
         state = fresh(optimizer=optimizer, initial_losses=[1.0, 1.0, 1.0])
-    new, info = gn.gradnorm_balance(state, stats(*UNUSABLE[case]), alpha=1.5, log_space=log_space, optimizer=optimizer)
+    new, info = gn.gradnorm_balance(state, stats(*UNUSABLE[case]), alpha=1.5, form=form, optimizer=optimizer)
     assert not info.finite
     assert same_bits(new, state)
-    new, info = gn.gradnorm_balance(state, stats([1.0, 2.0, 3.0]), log_space=log_space, optimizer=optimizer)
+    new, info = gn.gradnorm_balance(state, stats([1.0, 2.0, 3.0]), form=form, optimizer=optimizer)
     assert info.finite, "the next good step goes on"
     assert new.step == state.step + 1
 
 
-@pytest.mark.parametrize("log_space", [False, True])
-def test_a_learning_rate_that_is_not_finite_leaves_the_state(log_space):
+@pytest.mark.parametrize("form", ["paper", "log"])
+def test_a_learning_rate_that_is_not_finite_leaves_the_state(form):
     broken = gn.sgd(lambda t: torch.tensor(NAN))
     state = fresh(optimizer=broken)
-    new, info = gn.gradnorm_balance(state, stats([1.0, 2.0, 3.0]), optimizer=broken, log_space=log_space)
+    new, info = gn.gradnorm_balance(state, stats([1.0, 2.0, 3.0]), optimizer=broken, form=form)
     assert not info.finite
     assert same_bits(new, state)
 
@@ -256,10 +354,12 @@ def test_a_misspelt_option(call):
         call(fresh())
 
 
-@pytest.mark.parametrize("mask", [torch.zeros(3, dtype=torch.bool), dict.fromkeys("abc", torch.tensor(False))])
+@pytest.mark.parametrize(
+    "mask", [torch.zeros(3, dtype=torch.bool), dict.fromkeys(["t0", "t1", "t2"], torch.tensor(False))]
+)
 def test_a_mask_tensor_false_everywhere_leaves_the_state(mask):
     """Its values cannot be looked at without waiting for the device, so it is no error."""
-    for balancer in (gn.gradnorm(), gn.gradnorm(log_space=True), gn.fixed_ratio(), gn.static()):
+    for balancer in (gn.gradnorm(), gn.gradnorm(form="log"), gn.fixed_ratio(), gn.static()):
         state = balancer.init(3, dtype=F64)
         grads, new, _ = balancer.grad(state, P, SEAM, B, mask=mask)
         assert same_bits(new, state)
@@ -282,15 +382,16 @@ def test_zero_losses():
 
 
 def test_zero_norms_are_reported_and_harmless():
-    state, info = gn.gradnorm_balance(fresh(), stats([1.0, 2.0, 3.0], [0.0, 0.0, 0.0]))
+    state, info = gn.gradnorm_balance(fresh(), stats([1.0, 2.0, 3.0], [0.0, 0.0, 0.0]), form="paper")
     assert info.finite
     assert torch.equal(info.grad_norms, torch.zeros(3, dtype=F64))
     assert torch.equal(state.weights, torch.ones(3, dtype=F64))
     state, info = gn.gradnorm_balance(state, stats([1.0, 2.0, 3.0], [0.0, 1.0, 1.0]))
     assert info.finite
     assert (state.weights > 0).all()
-    # A wrong W, here another task's head, shows up in the model's Info as exact zeros.
-    _, _, info = gn.gradnorm_grad(fresh(), P, SEAM, B, where="head.1")
+    # A head that starts at zero is no wrong W, though only one norm there is positive.
+    start = P | {path: torch.zeros_like(P[path]) for path in ("head.0", "head.2")}
+    _, _, info = gn.gradnorm_grad(fresh(), start, SEAM, B, where="trunk.1.weight")
     assert [bool(norm) for norm in info.grad_norms] == [False, True, False]
 
 
@@ -307,3 +408,62 @@ def test_numbers_arrays_and_numpy_scalars_are_as_good_as_tensors():
         state = fresh(weights=make([0.1, 0.2, 0.7]))
         new, _ = gn.gradnorm_balance(state, gn.TaskStats(make([1.1, 2.2, 3.3]), make([3.0, 1.0, 2.0])))
         assert same_bits(new, expected)
+
+
+def test_a_mask_in_numpy():
+    state = fresh()
+    expected = gn.gradnorm_grad(state, P, SEAM, B, mask=[True, False, True])
+    assert same_bits(gn.gradnorm_grad(state, P, SEAM, B, mask=np.array([True, False, True])), expected)
+    assert torch.equal(expected[1].initial_losses.isnan(), torch.tensor([False, True, False]))
+
+
+def test_a_number_for_a_task_that_is_absent():
+    """What a user returns where labels are missing; also under a compiler and transforms."""
+
+    def loss_fn(p, b, present=True):
+        return GENERAL(p, b) | ({} if present else {"t1": 0.0})
+
+    absent, state = lambda p, b: loss_fn(p, b, present=False), fresh()
+    mask = {"t0": True, "t1": False, "t2": True}
+    expected = gn.gradnorm_grad(state, P, loss_fn, B, mask=mask)
+    found = gn.gradnorm_grad(state, P, absent, B, mask=mask)
+    assert same_bits(found[1], expected[1])
+    torch.testing.assert_close(found[0], expected[0])
+    assert all(leaf.norm() > 0 for path, leaf in found[0].items() if path != "head.1")
+    constant = lambda p, b: GENERAL(p, b) | {"t1": torch.zeros((), dtype=F64)}
+    run = torch.compile(gn.gradnorm().grad, fullgraph=True, backend="eager")
+    torch.testing.assert_close(run(state, P, constant, B, mask=torch.tensor([True, False, True]))[0], expected[0])
+    many = torch.func.vmap(lambda p: gn.gradnorm_grad(state, p, constant, B, mask=torch.tensor([True, False, True]))[0])
+    stacked_params = {path: leaf.expand(2, *leaf.shape) for path, leaf in P.items()}
+    torch.testing.assert_close({path: leaf[1] for path, leaf in many(stacked_params).items()}, expected[0])
+
+
+def test_messages_of_measure_losses():
+    trunk, heads = torch.nn.Linear(3, 3), [torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)]
+
+    def losses():
+        copies = gn.fork(trunk(torch.ones(2, 3)), 2)
+        return copies, [head(z).square().mean() for head, z in zip(heads, copies, strict=True)]
+
+    copies, values = losses()
+    with pytest.raises(ValueError, match=r"where='trunk.weight' must be the parameters themselves here"):
+        gn.measure_losses(values, where="trunk.weight")
+    with pytest.raises(ValueError, match=r"only the task '1' reads where="):
+        gn.measure_losses(values, where=heads[1].weight)
+    assert (gn.measure_losses([values[0], torch.tensor(0.0)], where=heads[0].weight).grad_norms > 0).tolist() == [
+        True,
+        False,
+    ], "an absent task has no say"
+    gn.weighted_sum(values, torch.tensor([1.0, 2.0])).backward()
+    with pytest.raises(ValueError, match=r"backward\(\) has run already. Give weights="):
+        gn.measure_losses(values, copies)
+    norms = gn.measure_losses(values, copies, weights=torch.tensor([1.0, 2.0])).grad_norms
+    torch.testing.assert_close(norms, gn.measure_losses(*losses()[::-1]).grad_norms)
+    assert (norms > 0).all()
+
+
+def test_the_loss_itself_names_the_tasks():
+    _, _, info = gn.gradnorm_grad(fresh(), P, SEAM, B, form="paper")
+    assert gn.task_names(SEAM) == ["t0", "t1", "t2"]
+    assert gn.log_dict(info, SEAM)["weights/t1"] == 1
+    assert gn.by_name(SEAM, info.losses)["t2"] == info.losses[2]

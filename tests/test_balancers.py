@@ -17,7 +17,7 @@ from gradnorm_func._core import numerics
 from gradnorm_func._solvers import equal, fair, nnls, trust
 
 F64 = torch.float64
-GRADNORMS = [name for name in BALANCERS if name.startswith("gradnorm")]
+FORMS = {"gradnorm": "invariant", "gradnorm-adam": "paper", "gradnorm-sgd": "paper", "gradnorm-log": "log"}
 every = pytest.mark.parametrize("name", BALANCERS)
 # At z there is nothing to name; "trunk.1.weight" is the weight of the shared_linear; "general" knows no seam.
 PATHS = {"z": ("seam", None), "W": ("seam", "trunk.1.weight"), "general": ("general", "trunk.1.weight")}
@@ -212,7 +212,7 @@ def test_the_watch_for_host_syncs_sees_them():
 # ---------------------------------------------------------------------------------------------- vmap, grad
 
 
-@pytest.mark.parametrize("name", GRADNORMS)
+@pytest.mark.parametrize("name", FORMS)
 @paths
 def test_vmap_over_eight_alphas_equals_eight_runs(name, path):
     engine, where = PATHS[path]
@@ -221,7 +221,7 @@ def test_vmap_over_eight_alphas_equals_eight_runs(name, path):
     alphas = torch.linspace(0, 2, 8, dtype=F64)
 
     def train(alpha):
-        balancer = gn.gradnorm(alpha=alpha, where=where, optimizer=optimizer, log_space="log" in name)
+        balancer = gn.gradnorm(alpha=alpha, where=where, optimizer=optimizer, form=FORMS[name])
         return run(balancer, balancer.init(3, dtype=F64), problem.params, getattr(problem, engine), 5)
 
     together = torch.func.vmap(train)(alphas)
@@ -260,7 +260,7 @@ def test_grad_goes_through_a_run(name, path):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", GRADNORMS)
+@pytest.mark.parametrize("name", FORMS)
 @paths
 def test_grad_of_the_weights_with_respect_to_their_learning_rate(name, path, masked):
     engine, where = PATHS[path]
@@ -269,7 +269,7 @@ def test_grad_of_the_weights_with_respect_to_their_learning_rate(name, path, mas
 
     def final(rate):
         optimizer = gn.sgd(rate) if "sgd" in name else gn.adam(rate)
-        balancer = gn.gradnorm(where=where, optimizer=optimizer, log_space="log" in name)
+        balancer = gn.gradnorm(where=where, optimizer=optimizer, form=FORMS[name])
         state = balancer.init(3, dtype=F64)
         _, state, _ = run(balancer, state, problem.params, getattr(problem, engine), 4, mask=mask)
         return (state.weights * torch.arange(3.0)).sum()

@@ -378,7 +378,7 @@ def test_what_a_rule_needs_is_measured_and_no_more(name):
 def test_equal_to_measure(name, needs):
     """At z, and at W among the heads' parameters, in the last shared layer, and in both."""
     case = make(name)
-    places = [None, "heads", lambda path: path.startswith("heads.a")]
+    places = [None, "heads", lambda path: path.startswith(("heads.a", "heads.b"))]
     places += [f"{case.last}.weight", [case.last, "heads.b"], [case.last]] if case.last else []
     for where in places:
         model = copy.deepcopy(case.model)

@@ -24,10 +24,11 @@ def of(losses, norms):
 
 
 def start(num_tasks=2, optimizer=None, **options):
-    return gn.init_state(num_tasks, optimizer=optimizer or gn.sgd(0.1), dtype=F64, **options)
+    return gn.init_state(num_tasks, optimizer=optimizer or gn.sgd(0.1), dtype=F64, form="paper", **options)
 
 
 def step(state, losses, norms, optimizer=None, **options):
+    options = {"form": "paper", **options}
     return gn.gradnorm_balance(state, of(losses, norms), optimizer=optimizer or gn.sgd(0.1), **options)
 
 
@@ -80,7 +81,7 @@ def test_two_hundred_steps_equal_algorithm_1(alpha, optimizer, engine):
     state = gn.init_state(3, optimizer=ours, dtype=F64)
     for t, (weights, theta) in enumerate(trajectory):
         grads, state, info = gn.gradnorm_grad(
-            state, params, loss_fn, make_batch(t % 5), where=problem.where, alpha=alpha, optimizer=ours
+            state, params, loss_fn, make_batch(t % 5), where=problem.where, alpha=alpha, optimizer=ours, form="paper"
         )
         params = {name: leaf - MODEL_RATE * grads[name] for name, leaf in params.items()}
         assert info.finite
@@ -122,7 +123,7 @@ def test_one_step_by_hand():
 
 def test_one_log_space_step_by_hand():
     # ∂L_grad/∂log w = w · ∂L_grad/∂w = (3, -1), so w = (e^-0.3, e^0.1), scaled.
-    state, _ = step(start(), [1.0, 1.0], [3.0, 1.0], log_space=True)
+    state, _ = step(start(), [1.0, 1.0], [3.0, 1.0], form="log")
     raw = torch.tensor([math.exp(-0.3), math.exp(0.1)], dtype=F64)
     torch.testing.assert_close(state.weights, 2 * raw / raw.sum())
 
@@ -162,12 +163,12 @@ def slow_and_fast(shared, t):
     return torch.stack([math.exp(-0.002 * t) + straight[0], math.exp(-0.1 * t) + straight[1]])
 
 
-@pytest.mark.parametrize("log_space", [False, True])
+@pytest.mark.parametrize("form", ["paper", "log"])
 @pytest.mark.parametrize("optimizer", [gn.sgd(0.01), gn.adam(0.01)])
-def test_the_slow_task_gains_weight(optimizer, log_space):
+def test_the_slow_task_gains_weight(optimizer, form):
     state, shared = start(2, optimizer), torch.ones(2, dtype=F64)
     for t in range(40):
-        state = gn.gradnorm_update(state, shared, slow_and_fast, t, alpha=1.0, optimizer=optimizer, log_space=log_space)
+        state = gn.gradnorm_update(state, shared, slow_and_fast, t, alpha=1.0, optimizer=optimizer, form=form)
     assert state.weights[0] > 1.1
     assert state.weights[1] < 0.9
 
@@ -187,9 +188,9 @@ def test_gradnorm_pytorch_does_the_opposite():
 # ---------------------------------------------------------------------------------------------- scale
 
 
-@pytest.mark.parametrize("log_space", [False, True])
+@pytest.mark.parametrize("form", ["paper", "log"])
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
-def test_weights_undo_the_scale_of_a_loss(alpha, log_space):
+def test_weights_undo_the_scale_of_a_loss(alpha, form):
     """Loss 1 times 10^k, all k at once under vmap: the weighted norms end in the same ratios.
 
     Powers 0 and 1, because only there has r^alpha mean 1 and can all targets be met; with any other the paper's
@@ -206,7 +207,7 @@ def test_weights_undo_the_scale_of_a_loss(alpha, log_space):
         scaled = gn.TaskStats(stats.losses * scale, stats.grad_norms * scale)
         state = start(3, optimizer)._replace(initial_losses=initial * scale)
         for _ in range(2500):
-            state, info = gn.gradnorm_balance(state, scaled, alpha=alpha, optimizer=optimizer, log_space=log_space)
+            state, info = gn.gradnorm_balance(state, scaled, alpha=alpha, optimizer=optimizer, form=form)
         return state.weights, info.weights * info.grad_norms, info.inverse_rates
 
     weights, weighted, rates = torch.func.vmap(settle)(factors)
@@ -277,7 +278,7 @@ Pair = namedtuple("Pair", "a b c")
 
 
 @pytest.mark.parametrize("optimizer", [gn.sgd(0.1), gn.adam(0.1)], ids=["sgd", "adam"])
-@pytest.mark.parametrize("log_space", [False, True])
+@pytest.mark.parametrize("form", ["paper", "log"])
 @pytest.mark.parametrize(
     "mask",
     [
@@ -288,11 +289,9 @@ Pair = namedtuple("Pair", "a b c")
         {"a": torch.tensor(True), "b": torch.tensor(False), "c": torch.tensor(True)},
     ],
 )
-def test_an_absent_task_keeps_all_it_has(mask, log_space, optimizer):
+def test_an_absent_task_keeps_all_it_has(mask, form, optimizer):
     state, _ = step(start(3, optimizer, weights=[0.5, 1.5, 2.0]), [1.0, 2.0, 3.0], [1.0, 2.0, 3.0], optimizer)
-    new, info = step(
-        state, [1.5, math.nan, 2.0], [3.0, math.nan, 0.2], optimizer, mask=mask, log_space=log_space, alpha=0.5
-    )
+    new, info = step(state, [1.5, math.nan, 2.0], [3.0, math.nan, 0.2], optimizer, mask=mask, form=form, alpha=0.5)
     assert info.finite
     assert new.weights[1] == state.weights[1]
     assert new.initial_losses[1] == state.initial_losses[1]
@@ -319,7 +318,7 @@ def test_a_masked_step_of_the_model_uses_the_present_losses_alone():
     for loss_fn in (problem.general, problem.seam):
         state = gn.init_state(3, weights=[0.5, 1.5, 1.0], dtype=F64)
         grads, new, info = gn.gradnorm_grad(
-            state, problem.params, loss_fn, problem.batch, where=problem.where, mask=[False, True, True]
+            state, problem.params, loss_fn, problem.batch, where=problem.where, mask=[False, True, True], form="paper"
         )
         theta = {name: leaf.clone().requires_grad_() for name, leaf in problem.params.items()}
         losses = problem.general(theta, problem.batch)
@@ -333,7 +332,7 @@ def test_a_masked_step_of_the_model_uses_the_present_losses_alone():
 @pytest.mark.parametrize("update", [False, torch.tensor(False)])
 def test_update_false_freezes_the_state_and_still_reports(update):
     problem = make_problem()
-    balancer = gn.gradnorm(where=problem.where)
+    balancer = gn.gradnorm(where=problem.where, form="paper")
     state = balancer.init(3, dtype=F64, weights=[1.0, 2.0, 3.0])
     grads, new, info = balancer.grad(state, problem.params, problem.seam, problem.batch, update=update)
     assert same_bits(new, state)
@@ -354,9 +353,9 @@ def test_update_true_as_a_tensor_updates():
 # ---------------------------------------------------------------------------------------------- floor, sum
 
 
-@pytest.mark.parametrize("log_space", [False, True])
+@pytest.mark.parametrize("form", ["paper", "log"])
 @pytest.mark.parametrize("rate", [0.1, 10.0, 1e6])
-def test_weights_stay_positive_finite_and_of_constant_sum(rate, log_space):
+def test_weights_stay_positive_finite_and_of_constant_sum(rate, form):
     """Steps far too large: the linear form is caught by the floor, the log-space form must not overflow."""
     draw = torch.Generator().manual_seed(0)
     optimizer = gn.sgd(rate)
@@ -364,7 +363,7 @@ def test_weights_stay_positive_finite_and_of_constant_sum(rate, log_space):
     for _ in range(50):
         losses, norms = torch.rand(2, 4, generator=draw, dtype=F64) + 0.01
         state, info = gn.gradnorm_balance(
-            state, gn.TaskStats(losses, 100 * norms), optimizer=optimizer, log_space=log_space, alpha=1.0
+            state, gn.TaskStats(losses, 100 * norms), optimizer=optimizer, form=form, alpha=1.0
         )
         assert info.finite
         assert (state.weights > 0).all()

@@ -10,12 +10,15 @@ import gradnorm_func as gn
 
 # One line a method that claims it: a constructor.
 CLAIMS = {
-    "gradnorm": lambda: gn.gradnorm(normalize=True),
-    "gradnorm-log": lambda: gn.gradnorm(normalize=True, log_space=True, alpha=0.12),
-    "gradnorm-sgd": lambda: gn.gradnorm(normalize=True, optimizer=gn.sgd(0.01), norm_ratios=[1.0, 2.0, 3.0]),
-    "gradnorm-burn-in": lambda: gn.gradnorm(normalize=True, burn_in=4),
-    "gradnorm-decay": lambda: gn.gradnorm(normalize=True, initial_decay=0.9),
-    "gradnorm-every": lambda: gn.gradnorm(normalize=True, every=3),
+    "gradnorm": lambda: gn.gradnorm(),
+    "gradnorm-sgd": lambda: gn.gradnorm(optimizer=gn.sgd(0.01), norm_ratios=[1.0, 2.0, 3.0]),
+    "gradnorm-burn-in": lambda: gn.gradnorm(burn_in=4),
+    "gradnorm-decay": lambda: gn.gradnorm(initial_decay=0.9),
+    "gradnorm-every": lambda: gn.gradnorm(every=3),
+    "geometric": gn.geometric,
+    "nash": gn.nash,
+    "fixed-ratio": lambda: gn.fixed_ratio([1.0, 2.0, 3.0], eps=0.0),
+    "stch": lambda: gn.stch(1, warmup=1),
 }
 SCALES = ([1e6, 1.0, 1.0], [1.0, 1e-6, 1e3])
 TASKS = "abc"
@@ -115,8 +118,8 @@ def test_it_is_the_paper_s_algorithm_on_losses_in_their_own_units():
     params, batches = start()
     units = torch.stack(list(loss_of([1.0] * 3)(params, batches[0]).values()))
     assert (units - 1).abs().min() > 0.1
-    normalized = run(gn.gradnorm(normalize=True), [1.0, 1.0, 1.0])
-    plain = run(gn.gradnorm(normalize=False), (1 / units).tolist())
+    normalized = run(gn.gradnorm(), [1.0, 1.0, 1.0])
+    plain = run(gn.gradnorm(form="log"), (1 / units).tolist())
     for name in params:
         torch.testing.assert_close(normalized[0][name], plain[0][name], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(normalized[1].weights * units, plain[1].weights, rtol=1e-10, atol=0)
@@ -127,9 +130,9 @@ def test_it_is_the_paper_s_algorithm_on_losses_in_their_own_units():
 def test_initial_losses_are_units_too():
     """A loss that is nearly solved at the start would get a huge weight: `initial_losses` says what is usual."""
     units = torch.tensor([2.0, 5.0, 0.1], dtype=torch.float64)
-    state = gn.gradnorm(normalize=True).init(3, initial_losses=units, dtype=torch.float64)
+    state = gn.gradnorm().init(3, initial_losses=units, dtype=torch.float64)
     torch.testing.assert_close(state.weights, 1 / units)
-    _, end, infos = run(gn.gradnorm(normalize=True), [1.0, 1.0, 1.0], state=state)
+    _, end, infos = run(gn.gradnorm(), [1.0, 1.0, 1.0], state=state)
     torch.testing.assert_close(infos[0].weights, 1 / units)
     torch.testing.assert_close((end.weights * units).sum(), torch.tensor(3.0, dtype=torch.float64))
 
@@ -138,7 +141,7 @@ def test_initial_losses_are_units_too():
 def test_a_first_loss_that_is_zero_or_negative(first):
     """A loss of 0 has no unit yet, and counts as it is; of a negative one the unit is its size."""
     loss_fn = lambda w, x: torch.stack([w.sum() * 0 + w[0] - w[0].detach() + x, 2 * w.square().sum()])
-    balancer, w = gn.gradnorm(normalize=True, alpha=0.0), torch.ones(2, dtype=torch.float64)
+    balancer, w = gn.gradnorm(alpha=0.0), torch.ones(2, dtype=torch.float64)
     state = balancer.init(2, dtype=torch.float64)
     _, state, info = balancer.grad(state, w, loss_fn, torch.tensor(first, dtype=torch.float64))
     assert bool(info.finite)
@@ -151,7 +154,7 @@ def test_a_first_loss_that_is_zero_or_negative(first):
 
 def test_a_refused_first_step_reports_what_was_applied():
     loss_fn = lambda w, x: torch.stack([2 * w.sum(), (w * x).sqrt().sum()])  # an infinite gradient at 0
-    balancer = gn.gradnorm(normalize=True)
+    balancer = gn.gradnorm()
     state = balancer.init(2)
     _grads, new, info = balancer.grad(state, torch.tensor([1.0, 0.0]), loss_fn, torch.ones(2))
     assert not bool(info.finite)

@@ -132,7 +132,7 @@ def test_relobralo():
 FORMS = {
     "gls": functools.partial(gn.geometric, mean=True),
     "uw-so": functools.partial(gn.uncertainty, temperature=0.5),
-    "stch-paper": functools.partial(gn.stch, mu=0.3, preference=[0.5, 0.2, 0.3], ideal={"a": 0.0, "b": 0.1, "c": 0.0}),
+    "stch-paper": functools.partial(gn.stch, mu=0.3, preference=[0.5, 0.2, 0.3], ideal={"t0": 0.0, "t1": 0.1, "t2": 0}),
     "famo-lower": functools.partial(gn.famo, lower=[0.1, -0.5, 0.05]),
 }
 

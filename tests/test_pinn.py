@@ -125,7 +125,7 @@ def test_every_style_of_residual(style: str, form: str) -> None:
 
 def test_float64_stays_through_a_training() -> None:
     """Parameters, weights, moments and all that is logged."""
-    (params, batch), balancer = problem(), gn.gradnorm(alpha=0.5, log_space=True)
+    (params, batch), balancer = problem(), gn.gradnorm(alpha=0.5, form="log")
     optimizer = lambda tensors: torch.optim.Adam(tensors, lr=1e-2)
     params, state, history, _ = gn.train(
         params, loss_of("grad of grad"), [batch] * 3, balancer=balancer, optimizer=optimizer, progress=False
@@ -141,7 +141,7 @@ def test_float64_stays_through_a_training() -> None:
 @pytest.mark.parametrize("style", [style for style in STYLES if style not in ("hessian", "jacfwd of jacfwd")])
 def test_compiled_by_aot_eager(style: str) -> None:
     """One graph for fresh points at every step. With torch 2.13 jvp crashes Inductor, and jacfwd Dynamo itself."""
-    (params, batch), balancer, loss_fn = problem(), gn.gradnorm(log_space=True), loss_of(style)
+    (params, batch), balancer, loss_fn = problem(), gn.gradnorm(form="log"), loss_of(style)
     state, before = balancer.init(3, **D), torch._dynamo.utils.counters["stats"]["unique_graphs"]
     step = torch.compile(lambda *a: balancer.grad(a[0], a[1], loss_fn, a[2]), fullgraph=True, backend="aot_eager")
     for _ in range(2):
@@ -160,7 +160,7 @@ def test_compiled_by_inductor() -> None:
 import torch, test_pinn, gradnorm_func as gn
 from toys import leaves
 params, batch = test_pinn.problem()
-balancer, loss_fn = gn.gradnorm(log_space=True), test_pinn.loss_of("grad of grad")
+balancer, loss_fn = gn.gradnorm(form="log"), test_pinn.loss_of("grad of grad")
 step = lambda state: balancer.grad(state, params, loss_fn, batch)
 state = balancer.init(3, dtype=torch.float64)
 found, wanted = torch.compile(step, fullgraph=True)(state), step(state)
@@ -224,7 +224,7 @@ def test_causal_weights_are_constants_if_detached() -> None:
 
 def test_lbfgs_with_weights_frozen_inside_its_closure() -> None:
     """A line search compares values of one function: weights move between its steps, not inside."""
-    (params, batch), balancer, loss_fn = problem(), gn.gradnorm(alpha=0.5, log_space=True), loss_of("jvp of grad")
+    (params, batch), balancer, loss_fn = problem(), gn.gradnorm(alpha=0.5, form="log"), loss_of("jvp of grad")
     state, closures = balancer.init(3, **D), []
     optimizer = torch.optim.LBFGS(list(params.values()), max_iter=5, line_search_fn="strong_wolfe")
 
@@ -285,7 +285,7 @@ def test_classic_residual_within_a_loss(loss: Any, form: str, where: Any) -> Non
         }[form]()
     state = gn.init_state(3, weights=WEIGHTS, **D)
     before = [leaf.detach().clone() for leaf in leaves(params, batch)]
-    grads, new, info = gn.gradnorm_grad(state, params, loss_fn, batch, where=where)
+    grads, new, info = gn.gradnorm_grad(state, params, loss_fn, batch, where=where, form="paper")
     assert same_bits(before, leaves(params, batch))
     assert batch["inside"].grad is None
     assert not any(leaf.requires_grad for leaf in leaves(grads, new, info))
@@ -317,7 +317,7 @@ def test_classic_residual_by_way_of_its_own_norms() -> None:
     state = classic_state = gn.init_state(3, optimizer=optimizer, **D)
     loss_fn = loss_of("grad of grad")
     for _ in range(10):
-        grads, state, _ = gn.gradnorm_grad(state, params, loss_fn, batch, alpha=0.5, optimizer=optimizer)
+        grads, state, _ = gn.gradnorm_grad(state, params, loss_fn, batch, alpha=0.5, optimizer=optimizer, form="paper")
         params = {name: leaf - 1e-3 * grads[name] for name, leaf in params.items()}
 
         losses, leaves_ = classic_losses(theta, batch), list(theta.values())
@@ -325,7 +325,7 @@ def test_classic_residual_by_way_of_its_own_norms() -> None:
         norms = {name: torch.cat([g.flatten() for g in row]).norm() for name, row in rows.items()}
         w = dict(zip(gn.task_names(losses), classic_state.weights, strict=True))
         classic_state, _ = gn.gradnorm_balance(
-            classic_state, gn.TaskStats(losses, norms), alpha=0.5, optimizer=optimizer
+            classic_state, gn.TaskStats(losses, norms), alpha=0.5, optimizer=optimizer, form="paper"
         )
         with torch.no_grad():
             for i, leaf in enumerate(leaves_):

@@ -101,7 +101,7 @@ def test_gradnorm_is_the_runs_one_by_one(heads, dtype, where):
 @pytest.mark.parametrize("name", [*BALANCERS, "burn-in", "default"])
 def test_every_balancer(name):
     table = BALANCERS | {
-        "burn-in": lambda where: gn.gradnorm(burn_in=2, initial_decay=0.9, log_space=True, where=where),
+        "burn-in": lambda where: gn.gradnorm(burn_in=2, initial_decay=0.9, form="log", where=where),
         "default": lambda where: None,
     }
     balancer = table[name](None)
@@ -288,14 +288,16 @@ ALPHA = {"grid": {"alpha": [0.0, 1.0]}, "balancer": lambda alpha: gn.gradnorm(al
         ({"grid": {"alpha": []}}, r"grid\['alpha'\] is empty"),
         ({"grid": {"alpha": 1.5}}, r"grid\['alpha'\]=1.5 must be a list of numbers"),
         ({"grid": {"alpha": "abc"}}, r"grid\['alpha'\]='abc' must be a list"),
-        ({"grid": {"alpha": [0.1, "b"]}}, r"grid\['alpha'\] has 'b': .* only numbers can differ"),
-        ({"grid": {"alpha": [True, False]}}, r"grid\['alpha'\] has True"),
+        ({"grid": {"alpha": [0.1, "b"]}}, r"grid\['alpha'\] has 'b': .* only numbers"),
+        ({"grid": {"alpha": [0.1, [0.1, 0.2]]}}, r"grid\['alpha'\] has values of the shapes \[\(\), \(2,\)\]"),
+        ({"grid": {"path": [1.0]}}, "under this name an optimizer gets the path"),
         ({"grid": {"alpha": [None]}}, r"grid\['alpha'\] has None"),
-        ({"grid": {"alpha": [torch.ones(2)]}}, "only numbers can differ"),
+        ({"grid": {"alpha": [torch.ones(2, 2)]}}, "booleans and vectors of numbers can differ"),
         ({"grid": {"seed": [1, 2]}}, "pass seeds="),
+        ({"grid": [{"alpha": 1.0, "seed": 1}], "seeds": [2]}, "pass seeds="),
         ({"grid": [{"alpha": 1.0}, {"alpha": 1.0, "lr": 1.0}]}, "needs the same names"),
-        ({"grid": {"alpha": [1.0], "lrr": [1.0]}}, r"grid has 'lrr', but neither .* \['alpha'\]"),
-        ({"grid": {"alpha": [1.0]}, "balancer": None}, r"'alpha', but neither.*as a function of it"),
+        ({"grid": {"alpha": [1.0], "lrr": [1.0]}}, r"grid has 'lrr', but no function .* \['alpha'\]"),
+        ({"grid": {"alpha": [1.0]}, "balancer": None}, r"'alpha', but no function.*as a function of it"),
         ({"grid": {"alpah": [1.0]}}, "balancer takes 'alpha', which grid does not have"),
         ({"grid": None}, "balancer takes 'alpha', which grid does not have"),
         ({"grid": {"alpha": [0.1, -1.0]}}, "alpha=-1.0 must be at least 0"),
@@ -310,7 +312,14 @@ ALPHA = {"grid": {"alpha": [0.0, 1.0]}, "balancer": lambda alpha: gn.gradnorm(al
         ({"chunk_size": 0}, "chunk_size=0"),
         ({"batches": []}, "batches is empty"),
         ({"metric": lambda p: p["trunk.0"]}, r"metric returned \(6, 5\)"),
-        ({"metric": lambda p: {"a": p["trunk.0"].sum()}}, "metric returned dict"),
+        ({"metric": lambda p: {"a": 1.0}}, "metric returned float"),
+        ({"metric": 1.0}, "metric=1.0 must be a function"),
+        ({"metric": lambda alpha: alpha}, "metric returned Tensor of its hyperparameters"),
+        ({"metric_every": 2}, "metric_every=2 .* needs a metric="),
+        ({"loss_fn": lambda p, alpha: [p["trunk.0"].sum()] * 2}, "loss_fn takes 'p', which grid does not have"),
+        ({"batches": lambda seed: [make_batch(size=3 + seed)], "seeds": (0, 1)}, "be alike"),
+        ({"batches": lambda seed: [make_batch()] * (1 + seed), "seeds": (0, 1)}, "as many batches for every seed"),
+        ({"batches": lambda seed: [(*make_batch(), seed)], "seeds": (0, 1)}, "differ in 0: only tensors can"),
         ({"loss_fn": lambda p, b: p["trunk.0"].sum()}, "single scalar"),
     ],
 )

@@ -98,9 +98,12 @@ def ntk(num_tasks=3, **options):
 
 # The one table: name -> a function of `where`, and of options that all share, that makes the balancer.
 BALANCERS = {
-    "gradnorm-adam": lambda where, **more: gn.gradnorm(where=where, alpha=0.5, **more),
-    "gradnorm-sgd": lambda where, **more: gn.gradnorm(where=where, alpha=0.5, optimizer=gn.sgd(0.01), **more),
-    "gradnorm-log": lambda where, **more: gn.gradnorm(where=where, alpha=0.5, log_space=True, **more),
+    "gradnorm": lambda where, **more: gn.gradnorm(where=where, alpha=0.5, **more),
+    "gradnorm-adam": lambda where, **more: gn.gradnorm(where=where, alpha=0.5, form="paper", **more),
+    "gradnorm-sgd": lambda where, **more: gn.gradnorm(
+        where=where, alpha=0.5, form="paper", optimizer=gn.sgd(0.01), **more
+    ),
+    "gradnorm-log": lambda where, **more: gn.gradnorm(where=where, alpha=0.5, form="log", **more),
     "fixed-ratio": lambda where, **more: gn.fixed_ratio([1.0, 2.0, 3.0], where=where, decay=0.9, **more),
     "fixed-ratio-whole": lambda where, **more: gn.fixed_ratio(
         where=where, per_example=False, decay=0.9, budget=2.0, **more

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from gradnorm_func._balance.seen import Seen
 from gradnorm_func._core import optim, tree
-from gradnorm_func._core.loss import task_vector
+from gradnorm_func._core.tasks import task_vector
 from gradnorm_func._core.tracing import free_to_ask
 from gradnorm_func._measure.plan import Needs
+
+Form: TypeAlias = Literal["invariant", "log", "paper"]
 
 
 class GradNormState(NamedTuple):
@@ -44,49 +46,42 @@ class Algorithm1(NamedTuple):
     alpha: float | Tensor
     optimizer: optim.Optimizer
     norm_ratios: Any
-    log_space: bool
+    form: Form
     floor: float | Tensor
     burn_in: int | Tensor | None
     initial_decay: float | Tensor
     every: int
-    normalize: bool
     needs: Needs = "norms"
 
     def known(self, state: GradNormState) -> Tensor | Callable[[Tensor], Tensor]:
         """The weights from before the step; a task that is seen for the first time is put into units of its loss."""
         _check_kind(state)
-        if not self.normalize:
+        if self.form != "invariant":
             return state.weights
         unset = state.initial_losses.isnan()
         if free_to_ask(unset) and not unset.any():
             return state.weights
         return lambda losses: torch.where(unset, state.weights / units_of(losses), state.weights)
 
-    def step(self, state: GradNormState, seen: Seen) -> tuple[GradNormState, GradNormInfo]:
-        """Inverse rates, targets, gradient, renormalisation."""
-        w = self.weights(state, seen)
+    def step(self, state: GradNormState, seen: Seen, w: Tensor) -> tuple[GradNormState, GradNormInfo]:
+        """Inverse rates, targets, gradient, renormalisation; w are the weights of this step's total loss."""
         initial_losses, rates = self.inverse_rates(state, seen)  # r_i = L̃_i / mean_j L̃_j, L̃_i = L_i / L_i(0)
         norms = w * seen.norms  # G_i = w_i ‖∇_W L_i‖
         targets = self.targets(norms, rates, seen)  # mean_j G_j · r_i^α
         gaps = norms - targets
         # ∂/∂w_i of L_grad = Σ_i |G_i − target_i|, the targets being constant; the sign of NaN is 0, hence the last term
         grad = gaps.sign() * seen.norms + 0 * gaps
-        units, new_units = self.units(state, initial_losses)  # 1, or |L_i(0)|: of the losses that the weights multiply
-        relative, grad = w * units, grad / units
-        moved, moments = self.descended(state, relative, grad, seen)
-        moved = self.renormalised(state, relative, moved, seen)  # Σ w_i as it was
-        new = GradNormState(moved / new_units, initial_losses, state.step, state.weight_sum, moments)
+        if self.form != "invariant":
+            moved, moments = self.descended(state, w, grad, seen)
+        else:  # on L_i / |L_i(0)|, the weights of which are w_i |L_i(0)|; G_i is the same
+            units, new_units = self.units(state, initial_losses)
+            moved, moments = self.descended(state, w * units, grad / units, seen)
+            moved = moved / new_units
+        new = GradNormState(moved, initial_losses, state.step, state.weight_sum, moments)
         return new, _info(seen, w, targets, rates, gaps)
 
-    def weights(self, state: GradNormState, seen: Seen) -> Tensor:
-        """(T,) those of this step's gradient."""
-        applied = self.known(state)
-        return applied if isinstance(applied, Tensor) else applied(seen.losses)
-
-    def units(self, state: GradNormState, initial_losses: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """In what the losses are counted, before and after this step: the algorithm runs on L_i / |L_i(0)|, or L_i."""
-        if not self.normalize:
-            return 1.0, 1.0
+    def units(self, state: GradNormState, initial_losses: Tensor) -> tuple[Tensor, Tensor]:
+        """(T,) |L_i(0)| before this step and after it, which are the same but where L(0) is taken anew."""
         after = units_of(initial_losses)
         if self.burn_in is None and not isinstance(self.initial_decay, Tensor) and self.initial_decay == 1:
             return after, after
@@ -115,15 +110,16 @@ class Algorithm1(NamedTuple):
         return targets * ratios / seen.mean(ratios)
 
     def descended(self, state: GradNormState, w: Tensor, grad: Tensor, seen: Seen) -> tuple[Tensor, Any]:
-        """The weights w one step of their optimizer further, and its moments."""
-        if seen.mask is not None:
-            grad = torch.where(seen.mask, grad, 0.0)
-        if not self.log_space:
+        """The weights w one step of their optimizer further, of the same sum; and its moments."""
+        if seen.mask is not None:  # a task alone has nothing to be balanced with; its gap is rounding
+            grad = torch.where(seen.mask & (seen.mask.sum() > 1), grad, 0.0)
+        if self.form == "paper":
             step, moments = self.optimizer.update(grad, state.moments, w)
-            return w + step, moments
+            return self.renormalised(state, w, w + step, seen), moments
         step, moments = self.optimizer.update(w * grad, state.moments, w.log())
         # w exp(step), scaled in one: however large the step, it does not overflow.
-        return state.weight_sum * seen.softmax(w.log() + step), moments
+        moved = state.weight_sum * seen.softmax(w.log() + step)
+        return self.renormalised(state, w, moved, seen), moments
 
     def renormalised(self, state: GradNormState, w: Tensor, moved: Tensor, seen: Seen) -> Tensor:
         """Above the floor, and with the sum that the weights w of the present tasks had."""
@@ -131,13 +127,23 @@ class Algorithm1(NamedTuple):
         budget = state.weight_sum if seen.mask is None else seen.sum(w)
         return moved * (budget / seen.sum(moved))
 
-    def report(self, state: GradNormState, seen: Seen) -> GradNormInfo:
+    def report(self, state: GradNormState, seen: Seen, w: Tensor) -> GradNormInfo:
         """What a step would have aimed at, had its norms been measured."""
         _, rates = self.inverse_rates(state, seen)
-        w = self.weights(state, seen)
         norms = w * seen.norms
         targets = self.targets(norms, rates, seen)
         return _info(seen, w, targets, rates, norms - targets)
+
+    def absent(self, state: GradNormState) -> GradNormState:
+        """What absent tasks keep: at the burn-in step no L(0) from before it, but that of their next loss."""
+        if self.burn_in is None:
+            return state
+        anew = state.step == self.burn_in
+        initial = torch.where(anew, torch.nan, state.initial_losses)
+        if self.form == "invariant":
+            units = units_of(state.initial_losses)
+            state = state._replace(weights=torch.where(anew, state.weights * units, state.weights))
+        return state._replace(initial_losses=initial)
 
     def check(self, state: GradNormState) -> None:
         """Refuses a state of another balancer or optimizer."""
@@ -179,7 +185,7 @@ def _ratios(norm_ratios: Any, weights: Tensor) -> Tensor:
     if rho.shape != weights.shape:
         raise ValueError(f"norm_ratios has {rho.shape[0]} entries, but there are {weights.shape[0]} tasks")
     if not isinstance(norm_ratios, Tensor) and not all(
-        isinstance(x, Tensor) or x > 0 for x in tree.flatten(norm_ratios)[0]
+        isinstance(x, Tensor) or x > 0 for x in tree.flatten(tree.by_key(norm_ratios))[0]
     ):
         raise ValueError(f"norm_ratios={norm_ratios!r} must be positive")
     return rho

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from gradnorm_func._balance.guard import Guarded
 from gradnorm_func._balance.protocol import Balancer
 from gradnorm_func._balance.seen import Seen
-from gradnorm_func._balance.start import start_weights
+from gradnorm_func._balance.start import NumTasks, start_weights
 from gradnorm_func._balance.weighing import Weighing
 from gradnorm_func._core import tree
 from gradnorm_func._core.tree import Where
@@ -51,6 +51,7 @@ def balancer(
     every: int = 1,
     weights: Callable[[Tensor], Tensor] | None = None,
     memory: Callable[[Tensor], Any] | None = None,
+    named: Mapping[str, Any] | None = None,
 ) -> Balancer[State, Info]:
     r"""A balancing method from its one rule; everything else is the same for all of them.
 
@@ -73,6 +74,8 @@ def balancer(
             has no branches, measures always: give `update=t % k == 0` from outside, as `gn.train` does.
         weights: from (T,) ones to the weights before the first step; None leaves them at 1.
         memory: from the (T,) weights before the first step to the memory before it; None is `()`.
+        named: arguments of the method that its user may give by name, {argument: value}: names are compared with those
+            of the tasks.
 
     Returns:
         Balancer, the state of which is `gn.State` and the Info `gn.Info`. Its `init` takes `weights`, `dtype` and
@@ -100,7 +103,7 @@ def balancer(
     default = weights
 
     def init(
-        num_tasks: int,
+        num_tasks: NumTasks,
         *,
         weights: Any = None,
         dtype: torch.dtype | None = None,
@@ -113,7 +116,8 @@ def balancer(
         return State(start, step, () if memory is None else memory(start))
 
     method = Simple(rule, kind, every, memory, same_step)
-    return Balancer(init, Weighing(Guarded(method), where, same_step, heads, extra), every, kind)
+    weighing = Weighing(Guarded(method, named or {}), where, same_step, heads, extra)
+    return Balancer(init, weighing, every, kind)
 
 
 class Simple(NamedTuple):
@@ -139,16 +143,20 @@ class Simple(NamedTuple):
         """The weights from before the step."""
         return state.weights
 
-    def step(self, state: State, seen: Seen) -> tuple[State, Info]:
+    def step(self, state: State, seen: Seen, known: Tensor) -> tuple[State, Info]:
         """The rule, once."""
         weights, memory = self.rule(state, seen)
         weights = weights.to(state.weights.dtype)
-        used = weights if self.same_step else state.weights
+        used = weights if self.same_step else known
         return State(weights, state.step, memory), self._info(seen, used, memory)
 
-    def report(self, state: State, seen: Seen) -> Info:
+    def report(self, state: State, seen: Seen, known: Tensor) -> Info:
         """Nothing moves."""
-        return self._info(seen, state.weights, state.memory)
+        return self._info(seen, known, state.memory)
+
+    def absent(self, state: State) -> State:
+        """What absent tasks keep: all of it."""
+        return state
 
     def _info(self, seen: Seen, weights: Tensor, memory: Any) -> Info:
         return Info(seen.losses, weights, seen.norms, seen.dot(weights, seen.losses), memory)

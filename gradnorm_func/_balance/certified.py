@@ -11,7 +11,7 @@ from torch import Tensor
 from gradnorm_func._balance.balancer import Info, State, balancer
 from gradnorm_func._balance.protocol import Balancer
 from gradnorm_func._balance.seen import Seen
-from gradnorm_func._core.loss import task_vector
+from gradnorm_func._core.tasks import task_vector
 from gradnorm_func._core.tree import Where
 from gradnorm_func._measure.plan import Heads
 

@@ -89,4 +89,4 @@ def famo(
         logits, before = torch.zeros_like(weights), torch.zeros_like(weights)
         return Looks(logits, descent.init(logits), before, torch.zeros_like(weights, dtype=torch.bool))
 
-    return balancer(rule, needs="losses", same_step=True, every=every, memory=start)
+    return balancer(rule, needs="losses", same_step=True, every=every, memory=start, named={"lower": lower})

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradnorm_func._balance.balancer import Info, State, balancer
 from gradnorm_func._balance.protocol import Balancer
 from gradnorm_func._balance.seen import Seen
-from gradnorm_func._core.loss import task_vector
+from gradnorm_func._core.tasks import task_vector
 from gradnorm_func._core.tree import Where
 
 
@@ -97,6 +97,7 @@ def fixed_ratio(
         every=every,
         weights=start,
         memory=lambda weights: NormAverages(torch.zeros_like(weights), torch.zeros_like(weights)),
+        named={"ratios": ratios},
     )
 
 

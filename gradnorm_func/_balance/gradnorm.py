@@ -7,25 +7,22 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from gradnorm_func._balance.algorithm1 import Algorithm1, GradNormInfo, GradNormState, units_of
+from gradnorm_func._balance.algorithm1 import Algorithm1, Form, GradNormInfo, GradNormState, units_of
 from gradnorm_func._balance.balancer import check_every
 from gradnorm_func._balance.guard import Guarded
 from gradnorm_func._balance.protocol import Balancer
-from gradnorm_func._balance.start import start_vector, start_weights
+from gradnorm_func._balance.start import NumTasks, start_vector, start_weights
 from gradnorm_func._balance.weighing import Weighing
 from gradnorm_func._core import optim
 from gradnorm_func._core.tree import Where
 from gradnorm_func._reduce.stats import TaskStats
-
-NORMALIZE = False
 
 
 class GradNormOptions(TypedDict, total=False):
     """The rarer hyperparameters, of all functions of GradNorm; `gradnorm` explains them."""
 
     norm_ratios: Any
-    normalize: bool
-    log_space: bool
+    form: Form
     floor: float | Tensor
     burn_in: int | Tensor | None
     initial_decay: float | Tensor
@@ -33,44 +30,48 @@ class GradNormOptions(TypedDict, total=False):
 
 
 def init_state(
-    num_tasks: int,
+    num_tasks: NumTasks,
     *,
     weights: Any = None,
     initial_losses: Any = None,
     optimizer: optim.Optimizer | None = None,
-    normalize: bool = NORMALIZE,
+    form: Form = "invariant",
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> GradNormState:
     r"""The state before the first step: equal weights, :math:`w_i = 1`.
 
     Args:
-        num_tasks: T, at least 2.
-        weights: initial weights, T positive numbers in task order or a pytree like the losses (a dict needs no
-            order). Their sum is conserved from then on.
+        num_tasks: T, at least 2; or what says so and names the tasks: a `multi_task_loss`, the losses, the heads, a
+            list of names.
+        weights: initial weights, T positive numbers in task order or a dict by name, compared with the names of
+            `num_tasks`, or else with those of the first step. Their sum is conserved from then on.
         initial_losses: L(0) where theory knows better than the first batch (log C for cross-entropy over C
             classes), in the same form; a NaN entry is taken from the first batch. None takes them all from it.
+        form: as in `gradnorm`. In the invariant form `weights` are those of the losses in units of L(0).
         optimizer: of the weights, `gn.sgd(lr)`, `gn.adam(lr)` or any (init, update) pair; the same one must be
             given to the updates. None is Adam at 0.025.
-        dtype: of the weights and all that is computed from them; the default dtype if None.
+        dtype: of the weights and all that is computed from them, float32 at least; the default dtype if None.
         device: where the state lives.
 
     Returns:
         GradNormState, every field on `device`.
 
     Raises:
-        ValueError: for fewer than two tasks, a wrong length, or weights that are not positive and finite.
+        ValueError: for fewer than two tasks, a wrong length, names that are not those of the tasks, or weights that
+            are not positive and finite.
 
     Example:
         >>> import math, gradnorm_func as gn
-        >>> state = gn.init_state(2, initial_losses={"digit": math.log(10), "parity": math.log(2)})
+        >>> start = {"digit": math.log(10), "parity": math.log(2)}
+        >>> state = gn.init_state(["digit", "parity"], initial_losses=start)
         >>> state.initial_losses
         tensor([2.3026, 0.6931])
     """
     w = start_weights(num_tasks, weights, dtype, device)
     initial = start_vector("initial_losses", initial_losses, num_tasks, torch.nan, dtype, device)
     moments = optim.as_optimizer(optimizer).init(w)
-    raw = w / units_of(initial) if normalize else w
+    raw = w / units_of(initial) if form == "invariant" and initial_losses is not None else w
     return GradNormState(raw, initial, torch.zeros((), dtype=torch.int64, device=device), w.sum(), moments)
 
 
@@ -80,8 +81,7 @@ def gradnorm(
     where: Where = None,
     optimizer: optim.Optimizer | None = None,
     norm_ratios: Any = None,
-    normalize: bool = NORMALIZE,
-    log_space: bool = False,
+    form: Form = "invariant",
     floor: float | Tensor = 1e-8,
     burn_in: int | Tensor | None = None,
     initial_decay: float | Tensor = 1.0,
@@ -95,7 +95,16 @@ def gradnorm(
     .. math:: L_\mathrm{grad} = \sum_i |G_i - \bar G \rho_i r_i^\alpha|, \qquad
               \partial L_\mathrm{grad} / \partial w_i = \mathrm{sign}(G_i - \bar G \rho_i r_i^\alpha)\, n_i,
 
-    the target being constant, and are scaled back to their sum. No second derivative is needed.
+    the target being constant, and are scaled back to their sum. No second derivative is needed. `form` says what of:
+
+    - "invariant": of :math:`L_i / |L_i(0)|`, by relative steps. With :math:`v_i = w_i |L_i(0)|` it is
+      :math:`\log v` that descends, along :math:`\mathrm{sign}(\cdot)\, G_i`, and :math:`\sum_i v_i` is conserved; every
+      v is 1 at the start. Multiplying a loss by c > 0 multiplies L_i(0) and n_i by c, so that G, r and v stay as they
+      are, and w_i is divided by c: the trajectory of the parameters is the same from the first step on, in which w_i
+      is :math:`v_i / |L_i|` already.
+    - "log": the same relative steps on the losses as they are, with :math:`\sum_i w_i` conserved.
+    - "paper": Algorithm 1 to the letter, w itself descends. From w = 1 a loss 100 times the others gets its weight
+      down to 0.01 and the whole gradient with it, which an optimizer's second moment remembers for long.
 
     Args:
         alpha: restoring force α >= 0, a number or a 0-d tensor. 0 aims at equal norms, and then L(0) is not used:
@@ -103,9 +112,9 @@ def gradnorm(
         optimizer: of the weights; None is Adam at 0.025, the paper's.
         norm_ratios: prior ratios ρ of the norms, T positive numbers or a pytree like the losses, scaled here to a
             mean of 1. None is equal.
-        log_space: descend in log w instead of w: steps are then relative, and nothing is clipped at the floor.
-        floor: smallest weight after a step, relative to the mean weight: what keeps weights of the linear form
-            positive.
+        form: see above. `state.weights` multiply the raw losses in all of them.
+        floor: smallest weight after a step, relative to the mean weight (in the invariant form, of v): what keeps the
+            weights of the paper's form positive.
         burn_in: the step (counted from 0) at which L(0) is taken anew, once the start-up transient is over.
         initial_decay: L(0) ← decay * L(0) + (1 - decay) * L at every step after the first: a running mean. 1 keeps
             the first.
@@ -128,26 +137,31 @@ def gradnorm(
         >>> info.grad_norms
         tensor([2.0000, 2.8284])
 
-    Source: Chen et al. 2018, Algorithm 1 and equations 1-2. Departures: the floor, without which a weight can become
-    negative; a loss that is 0 on the first batch does not become L(0), the first one after it that is not 0 does,
-    and until then its ratio counts as 1.
+    A loss that is 0 on the first batch does not become L(0), the first one after it that is not 0 does; until then its
+    ratio and its unit are 1. Of a negative one the unit is its size. A loss that is nearly solved at the start, such as
+    a PINN's residual, would get a huge weight: give `init(initial_losses=...)` what is usual for it. With
+    `micro_batches` or `reduce`, a step that may see a task for the first time runs the losses of all parts forwards
+    before it weighs them; on a CPU in eager mode it is known whether it may.
+
+    Source: Chen et al. 2018, Algorithm 1 and equations 1-2. Departures: the forms "invariant" and "log"; the floor,
+    without which a weight of the paper's form can become negative; L(0) of a first loss that is 0.
     """
     method = _method(
         alpha,
         optimizer,
         norm_ratios=norm_ratios,
-        normalize=normalize,
-        log_space=log_space,
+        form=form,
         floor=floor,
         burn_in=burn_in,
         initial_decay=initial_decay,
         every=every,
     )
 
-    def init(num_tasks: int, **start: Any) -> GradNormState:
-        return init_state(num_tasks, optimizer=method.optimizer, normalize=normalize, **start)
+    def init(num_tasks: NumTasks, **start: Any) -> GradNormState:
+        return init_state(num_tasks, optimizer=method.optimizer, form=form, **start)
 
-    return Balancer(init, Weighing(Guarded(method), where, False, "weighted", None), every, method.needs)
+    guarded = Guarded(method, {"norm_ratios": norm_ratios})
+    return Balancer(init, Weighing(guarded, where, False, "weighted", None), every, method.needs)
 
 
 def gradnorm_balance(
@@ -184,11 +198,11 @@ def gradnorm_balance(
         >>> import torch, gradnorm_func as gn
         >>> state = gn.init_state(2, optimizer=gn.sgd(0.1))
         >>> stats = gn.TaskStats(torch.tensor([1.0, 1.0]), torch.tensor([3.0, 1.0]))
-        >>> state, info = gn.gradnorm_balance(state, stats, optimizer=gn.sgd(0.1))
+        >>> state, info = gn.gradnorm_balance(state, stats, optimizer=gn.sgd(0.1), form="paper")
         >>> info.targets, state.weights
         (tensor([2., 2.]), tensor([0.7778, 1.2222]))
     """
-    method = Guarded(_method(alpha, optimizer, **hyper))
+    method = Guarded(_method(alpha, optimizer, **hyper), {"norm_ratios": hyper.get("norm_ratios")})
     return method.balance(state, stats, mask, update)
 
 
@@ -197,8 +211,7 @@ def _method(
     optimizer: optim.Optimizer | None,
     *,
     norm_ratios: Any = None,
-    normalize: bool = NORMALIZE,
-    log_space: bool = False,
+    form: Form = "invariant",
     floor: float | Tensor = 1e-8,
     burn_in: int | Tensor | None = None,
     initial_decay: float | Tensor = 1.0,
@@ -214,6 +227,6 @@ def _method(
     if not isinstance(initial_decay, Tensor) and not 0 <= initial_decay <= 1:
         raise ValueError(f"initial_decay={initial_decay} must lie in [0, 1]; 1 keeps the first losses as L(0)")
     check_every(every)
-    return Algorithm1(
-        alpha, optim.as_optimizer(optimizer), norm_ratios, log_space, floor, burn_in, initial_decay, every, normalize
-    )
+    if isinstance(burn_in, int):  # between its turns a state stays, so that the burn-in waits for the next one
+        burn_in = -(-burn_in // every) * every
+    return Algorithm1(alpha, optim.as_optimizer(optimizer), norm_ratios, form, floor, burn_in, initial_decay, every)

@@ -73,7 +73,7 @@ def gradnorm_grad(
         alpha: restoring force α >= 0; 0 aims at equal norms.
         optimizer: of the task weights; default: Adam at 0.025.
         **options: `mask`, `update`, `micro_batches`, `reduce`, `vectorize`, `chunk_size`, `loss_scale`, as in
-            `Balancer.grad`; `norm_ratios`, `log_space`, `floor`, `burn_in`, `initial_decay`, `every`, as in `gradnorm`.
+            `Balancer.grad`; `norm_ratios`, `form`, `floor`, `burn_in`, `initial_decay`, `every`, as in `gradnorm`.
 
     Returns:
         (grads, state, info): gradients in the structure of params, the new GradNormState, and GradNormInfo.
@@ -154,7 +154,7 @@ def gradnorm_update(
         >>> loss_fn = lambda w, batch: torch.stack([w.sum(), 5 * w.sum()])
         >>> state = gn.init_state(2)
         >>> gn.gradnorm_update(state, torch.ones(3), loss_fn, None).weights
-        tensor([1.0250, 0.9750])
+        tensor([0.3375, 0.0658])
     """
     bound, of_step = _bound(where, alpha, optimizer, options)
     return bound.update(state, params, loss_fn, batch, has_aux=cast(Literal[True], has_aux), **of_step)

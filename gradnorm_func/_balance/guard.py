@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from gradnorm_func._balance.seen import Seen, mask_vector, seen_of, without_absent
 from gradnorm_func._core import tree
 from gradnorm_func._core.numerics import choose, column, full_precision
+from gradnorm_func._core.tasks import check_named
 from gradnorm_func._core.tracing import free_to_ask, no_graph
 from gradnorm_func._measure.plan import Needs
 from gradnorm_func._reduce.stats import TaskStats, present
@@ -38,17 +39,21 @@ class Method(Protocol):
     def known(self, state: Any) -> Tensor | Callable[[Tensor], Tensor]:
         """(T,) the weights of a gradient that the step's norms do not choose; or what makes them of its losses."""
 
-    def step(self, state: Any, seen: Seen) -> tuple[Any, Any]:
+    def step(self, state: Any, seen: Seen, known: Tensor) -> tuple[Any, Any]:
         """The next state but for its count of steps, and what to log."""
 
-    def report(self, state: Any, seen: Seen) -> Any:
+    def report(self, state: Any, seen: Seen, known: Tensor) -> Any:
         """What to log of a step in which nothing moves."""
+
+    def absent(self, state: Any) -> Any:
+        """The state before the step, as far as absent tasks keep it."""
 
 
 class Guarded(NamedTuple):
     """A method, guarded."""
 
     method: Method
+    named: Mapping[str, Any] = {}  # its arguments that may be given by name, which are compared with the tasks
 
     def balance(
         self, state: Any, stats: TaskStats, mask: Any, update: bool | Tensor, applied: bool = False
@@ -56,25 +61,26 @@ class Guarded(NamedTuple):
         """One step: all of it, or nothing of it where something is not finite."""
         method = self.method
         method.check(state)
+        if isinstance(stats.losses, Mapping):
+            check_named(stats.losses, grad_norms=stats.grad_norms, mask=mask, **self.named)
         active = mask_vector(mask, state.weights)
         with no_graph(), full_precision(state.weights):
             raw = seen_of(state.weights, stats, active)._replace(applied=applied)
             seen = without_absent(raw)
             turn = due(state, method.every, update)
-            before = method.known(state)
-            if not isinstance(before, Tensor):
-                before = before(seen.losses)
+            known = method.known(state)
+            known = known if isinstance(known, Tensor) else known(seen.losses)
             if turn is False:
-                info = method.report(state, seen)
+                info = method.report(state, seen, known)
                 new, ok = state, raw.finite(raw.losses)
             else:
                 self._require(stats)
-                new, info = method.step(state, seen)
+                new, info = method.step(state, seen, known)
                 ok = raw.finite(*([raw.losses] if method.needs == "losses" else [raw.losses, raw.norms]), new.weights)
                 if isinstance(turn, Tensor):  # a step whose turn it is not needs finite losses only
                     unmeasured = seen._replace(norms=torch.full_like(seen.norms, torch.nan))
                     ok = torch.where(turn, ok, raw.finite(raw.losses))
-                    info = choose(turn, info, method.report(state, unmeasured))
+                    info = choose(turn, info, method.report(state, unmeasured, known))
             info = info._replace(finite=ok)
             if active is not None:
                 norms = torch.where(turn, raw.norms, torch.nan) if isinstance(turn, Tensor) else raw.norms
@@ -82,11 +88,11 @@ class Guarded(NamedTuple):
             if update is False:
                 return state, info
             ok = accepted(ok, active, update)
-            if info.weights is not before:  # a step that is refused, and an absent task, keep the old weights
+            if info.weights is not known:  # a step that is refused, and an absent task, keep the old weights
                 moves = ok if turn is True else ok & turn
-                used = torch.where(moves if active is None else moves & active, info.weights, before)
+                used = torch.where(moves if active is None else moves & active, info.weights, known)
                 info = info._replace(weights=used, total_loss=seen.dot(used, seen.losses))
-            return settled(new, state, ok, turn, active), info
+            return settled(new, state, ok, turn, active, method.absent), info
 
     def _require(self, stats: TaskStats) -> None:
         field = {"norms": "grad_norms", "example_norms": "grad_norms", "gramian": "gramian"}.get(self.method.needs)
@@ -111,10 +117,12 @@ def accepted(finite: Tensor, active: Tensor | None, update: bool | Tensor) -> Te
     return ok if isinstance(update, bool) else ok & torch.as_tensor(update, device=ok.device)
 
 
-def settled(new: Any, old: Any, ok: Tensor, turn: bool | Tensor, active: Tensor | None) -> Any:
-    """The new state with its step counted, absent tasks as they were; the old one, all of it, if it is refused."""
+def settled(
+    new: Any, old: Any, ok: Tensor, turn: bool | Tensor, active: Tensor | None, absent: Callable[[Any], Any]
+) -> Any:
+    """The new state with its step counted, absent tasks as in `absent(old)`; all of the old one if it is refused."""
     if active is not None and turn is not False:
-        new = _without_absent(active, new, old)
+        new = _without_absent(active, new, absent(old))
     if isinstance(turn, Tensor):
         new = choose(turn, new, old)
     return choose(ok, new._replace(step=old.step + 1), old)

@@ -35,6 +35,7 @@ class Job(NamedTuple):
     loss_fn: LossFn
     batch: Any
     mask: Tensor | None  # (T,) bool
+    named_mask: Any  # as it was given, perhaps by name
     update: bool | Tensor
     micro_batches: int | None
     reduce: Reduce | None

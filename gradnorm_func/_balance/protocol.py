@@ -12,6 +12,7 @@ from torch import Tensor
 from gradnorm_func._balance.guard import I, S
 from gradnorm_func._balance.passes import Job, Passes, PassOptions, over_batch
 from gradnorm_func._balance.seen import mask_vector
+from gradnorm_func._balance.start import NumTasks
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import LossFn
 from gradnorm_func._core.numerics import choose
@@ -27,13 +28,15 @@ class Balancer(Generic[S, I]):
         self.needs: Needs = needs  # what its rule looks at: for `measure` and `measure_losses`, before `balance`
         self.every = every  # the weights move in every k-th step; what is compiled is told by `update=`
 
-    def init(self, num_tasks: int, **start: Any) -> S:
+    def init(self, num_tasks: NumTasks, **start: Any) -> S:
         """The state before the first step.
 
         Args:
-            num_tasks: T, at least 2.
+            num_tasks: T, at least 2; or what says so and names the tasks: a `multi_task_loss`, the losses, the heads, a
+                list of names.
             **start: what the method's own page says; for all of them `weights`, T positive numbers in task order or a
-                pytree like the losses, `dtype` (at least float32 is wise) and `device`.
+                dict by name, compared with the names of `num_tasks`, or else with those of the first step; `dtype`, the
+                default one, made float32 if it is coarser; and `device`.
 
         Returns:
             The method's state, a NamedTuple of tensors.
@@ -223,6 +226,7 @@ def _job(state: Any, params: Any, loss_fn: LossFn, batch: Any, has_aux: bool, op
         loss_fn,
         batch,
         mask_vector(options.get("mask"), state.weights),
+        options.get("mask"),
         options.get("update", True),
         options.get("micro_batches"),
         options.get("reduce"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._core import tree
-from gradnorm_func._core.loss import task_vector, wrong_count
+from gradnorm_func._core.tasks import task_vector, wrong_count
 from gradnorm_func._core.tracing import constant
 from gradnorm_func._reduce.stats import TaskStats, present
 
@@ -104,8 +104,17 @@ def mask_vector(mask: Any, weights: Tensor) -> Tensor | None:
     """The tasks present in a batch as a (T,) bool tensor: from one, a sequence, or a pytree like the losses."""
     if mask is None:
         return None
+    if not isinstance(mask, Tensor) and hasattr(mask, "__array__"):  # numpy
+        mask = torch.as_tensor(mask)
     vector: Tensor = mask
     if not isinstance(mask, Tensor):
+        mask = tree.by_key(mask)
+        names = [entry for entry in tree.flatten(mask)[0] if isinstance(entry, str)]
+        if names:
+            raise ValueError(
+                f"mask={mask!r} holds names; it takes one truth value for each task: give "
+                f"{{name: name in {names!r} for name in losses}}, a dict by name"
+            )
         # An entry that is a tensor is not looked at, for that would wait for the device.
         if not any(isinstance(entry, Tensor) or bool(entry) for entry in tree.flatten(mask)[0]):
             raise ValueError(f"mask={mask!r} leaves no task: skip this batch, or pass update=False")

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from gradnorm_func._balance.balancer import Info, State, balancer
 from gradnorm_func._balance.protocol import Balancer
-from gradnorm_func._core.loss import task_vector
+from gradnorm_func._core.tasks import task_vector
 from gradnorm_func._core.tree import Where
+from gradnorm_func._measure.plan import Needs
 
 
 def static(weights: Any = None, *, where: Where = None, norms: bool = False) -> Balancer[State, Info]:
@@ -47,21 +48,23 @@ def static(weights: Any = None, *, where: Where = None, norms: bool = False) -> 
 
     rule = lambda state, _seen: (state.weights, ())
     # With cotangents that carry the weights, the norm of a task of weight 0 would be NaN: hence same_step for norms.
-    return balancer(rule, needs="norms" if norms else "losses", same_step=norms, where=where, weights=start)
+    needs: Needs = "norms" if norms else "losses"
+    return balancer(rule, needs=needs, same_step=norms, where=where, weights=start, named={"weights": weights})
 
 
 def mean_weights(weights: Any, *, start: int = 0) -> Tensor:
     r"""The time average of a run's weights, to be used as static ones: the paper's "GradNorm static".
 
     Args:
-        weights: (steps, T) weights over time, or a history (an Info stacked over time, as `train` returns it).
+        weights: (steps, T) weights over time, or a history (an Info stacked over time, as `train` returns it); of the
+            runs of a sweep, (R, steps, T).
         start: the first step that counts, to leave a transient out.
 
     Returns:
-        (T,) mean weights, for `static(...)` or any other code that takes fixed weights.
+        (T,) mean weights, for `static(...)` or any other code that takes fixed weights; (R, T) of several runs.
 
     Raises:
-        ValueError: for something that is not (steps, T), or no step left after `start`.
+        ValueError: for something that has no such shape, or no step left after `start`.
 
     Example:
         >>> import torch, gradnorm_func as gn
@@ -71,8 +74,9 @@ def mean_weights(weights: Any, *, start: int = 0) -> Tensor:
     Source: Chen et al. 2018, section 5.4.
     """
     over_time = weights if isinstance(weights, Tensor) else getattr(weights, "weights", None)
-    if not isinstance(over_time, Tensor) or over_time.ndim != 2:
-        raise ValueError("weights must be (steps, T), or a history with such a field `weights`")
-    if not 0 <= start < over_time.shape[0]:
-        raise ValueError(f"start={start} leaves no step of {over_time.shape[0]}")
-    return over_time[start:].mean(0)
+    if not isinstance(over_time, Tensor) or over_time.ndim not in (2, 3):
+        raise ValueError("weights must be (steps, T), or (R, steps, T), or a history with such a field `weights`")
+    steps = over_time.shape[-2]
+    if not 0 <= start < steps:
+        raise ValueError(f"start={start} leaves no step of {steps}")
+    return over_time[..., start:, :].mean(-2)

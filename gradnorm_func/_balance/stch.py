@@ -70,7 +70,8 @@ def stch(
     if not isinstance(mu, Tensor) and not mu > 0:
         raise ValueError(f"mu={mu} must be positive; a small one, such as 0.01, comes near to the maximum")
     if steps_per_epoch is None:
-        return balancer(_paper(mu, preference, ideal), needs="losses", same_step=True, every=every)
+        named = {"preference": preference, "ideal": ideal}
+        return balancer(_paper(mu, preference, ideal), needs="losses", same_step=True, every=every, named=named)
     if preference is not None or ideal is not None:
         raise ValueError("preference and ideal are those of the paper's equation: leave steps_per_epoch out")
     if not (steps_per_epoch >= 1 and warmup >= 0):

@@ -10,10 +10,13 @@ from torch import Tensor
 from gradnorm_func._balance.guard import Guarded, due
 from gradnorm_func._balance.passes import Goal, Job, Pass
 from gradnorm_func._balance.seen import mask_vector, seen_of, without_absent
+from gradnorm_func._balance.start import given_by_name
+from gradnorm_func._core.tasks import check_named
 from gradnorm_func._core.tree import Where
-from gradnorm_func._measure.measure import stats_of
+from gradnorm_func._measure.measure import stats_of, tasks_of
 from gradnorm_func._measure.plan import Heads, Needs, OfLosses, Weights, plan_of
-from gradnorm_func._reduce.stats import TaskStats
+from gradnorm_func._measure.reach import require_shared
+from gradnorm_func._reduce.stats import TaskStats, present
 
 
 class Weighing(NamedTuple):
@@ -77,9 +80,15 @@ class Weighing(NamedTuple):
             heads=self.heads,
             merges=examples is not None,
             active=job.mask,
+            whole_step=examples is None,
             **job.options,
         )
         stats, measured = stats_of(plan, 1.0 if examples is None else examples)
+        tasks = tasks_of(plan, measured)
+        check_named(tasks, mask=job.named_mask, **self.guarded.named)
+        check_named(tasks, **given_by_name(state))
+        if examples is None and present(stats.grad_norms):
+            require_shared(plan, stats.grad_norms, state.step)
         return Pass(stats._replace(extra=extra), measured.aux, measured.decision)
 
     def decide(self, state: Any, stats: TaskStats, job: Job) -> tuple[Tensor, tuple[Any, Any]]:

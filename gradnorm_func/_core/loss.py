@@ -14,66 +14,6 @@ from gradnorm_func._core.tree import PyTree
 LossFn: TypeAlias = Callable[[PyTree, Any], Any]
 
 
-def task_names(losses: PyTree) -> list[str]:
-    """Names of the tasks, in the order of every per-task vector of this package.
-
-    Keys of a dict come sorted (as in JAX and optree); lists, tuples and NamedTuples as they stand.
-
-    Args:
-        losses: a (T,) tensor, or a pytree of T leaves: the losses, the dict of heads, or anything of that shape.
-
-    Returns:
-        T dotted paths; the indices "0" ... "T-1" for a tensor.
-
-    Example:
-        >>> import gradnorm_func as gn
-        >>> gn.task_names({"seg": 0.0, "depth": 0.0})
-        ['depth', 'seg']
-    """
-    if isinstance(losses, Tensor):
-        return [str(i) for i in range(losses.numel())]
-    return tree.paths(losses)
-
-
-def task_vector(losses: PyTree, name: str = "losses", dtype: torch.dtype | None = None) -> Tensor:
-    """Losses, or any other per-task numbers, as one (T,) tensor; refuses what is not T scalars.
-
-    `dtype` is for plain numbers alone, which would otherwise lose digits on their way to float64.
-    """
-    if not isinstance(losses, Tensor) and hasattr(losses, "__array__"):
-        losses = torch.as_tensor(losses, dtype=dtype)
-    if isinstance(losses, Tensor):
-        if losses.ndim == 0:
-            raise ValueError(
-                f"{name} is a single scalar, so there is nothing to balance: "
-                "return one scalar per task (a dict, a list, or a (T,) tensor), not their sum"
-            )
-        if losses.ndim != 1:
-            raise ValueError(f"{name} has shape {tuple(losses.shape)}: reduce it to one scalar per task, shape (T,)")
-        return losses
-    leaves, _ = tree.flatten(losses)
-    tensors = [leaf if isinstance(leaf, Tensor) else torch.as_tensor(leaf, dtype=dtype) for leaf in leaves]
-    for i, leaf in enumerate(tensors):
-        if leaf.ndim != 0:
-            raise ValueError(
-                f"{name}[{tree.paths(losses)[i]!r}] has shape {tuple(leaf.shape)}; a loss is one scalar: take its "
-                "mean() or sum()"
-            )
-    if not tensors:
-        raise ValueError(f"{name} is empty: return one scalar per task")
-    return torch.stack(tensors)
-
-
-def wrong_count(count: int, expected: int) -> str:
-    """What to say when the losses are not as many as the weights."""
-    if count < 2:
-        return f"loss_fn returned {count} loss: there is nothing to balance, return one scalar per task"
-    return (
-        f"loss_fn returned {count} losses, but the state was made for {expected} tasks: "
-        f"init_state({count}) makes one for them; a task absent from some batches is what mask= is for"
-    )
-
-
 class SharedLinear(NamedTuple):
     """The last shared layer, known to be linear; made by `shared_linear`."""
 
@@ -140,13 +80,14 @@ class MultiTaskLoss:
             return {name: by_name[name] for name in self.heads}
         return list(per_task)
 
-    def shared(self, params: PyTree, batch: Any) -> tuple[Any, tuple[Any, ...], Any]:
-        """The representation z, (h, pre-activation) if the last layer is a `shared_linear`, and the aux."""
+    def shared(self, params: PyTree, batch: Any, of_layer: PyTree = None) -> tuple[Any, tuple[Any, ...], Any]:
+        """The representation z, (h, pre-activation) if the last layer is a `shared_linear`, and the aux; `of_layer` are
+        other params for that layer alone."""
         assert self.backbone is not None
         h = self.backbone(params, batch)
         h, aux = h if self.has_aux else (h, ())
         if isinstance(self.last_shared, SharedLinear):
-            y = self.last_shared.linear(params, h)
+            y = self.last_shared.linear(params if of_layer is None else of_layer, h)
             return self.last_shared.activate(y), (h, y), aux
         return (h if self.last_shared is None else self.last_shared(params, h)), (), aux
 
@@ -195,9 +136,9 @@ def multi_task_loss(
             the parameters themselves what is shared: each `head(params, batch)` gets its own copy of them
             (a PINN's residual, boundary and initial losses on different points).
         heads: `{"name": head}` or a list of heads, `head(params, z, batch) -> scalar`; or `stacked_heads(...)`.
-            A head may read any parameter *except* those of a `shared_linear` used as W; `check_seam` tells.
-        last_shared: `last_shared(params, h) -> z`, the last shared layer: any function, or
-            `shared_linear(...)`, at whose weight the norms are cheapest.
+            A head may read any parameter *except* those of a `shared_linear` used as W; `check` tells.
+        last_shared: `last_shared(params, h) -> z`, the last shared layer, which the backbone then leaves out: any
+            function, or `shared_linear(...)`, at whose weight the norms are cheapest. W is named by `where` alone.
         has_aux: then the backbone returns `(h, aux)` and every head `(loss, aux)`, or the loss alone, and then its aux
             is (); the aux of the loss is `(backbone_aux, heads_aux)`, the second in the structure of `heads`.
 
@@ -229,7 +170,7 @@ def multi_task_loss(
         if backbone is None:
             raise ValueError("stacked_heads needs a backbone; with backbone=None give a dict or list of loss functions")
         return MultiTaskLoss(backbone, heads, last_shared, has_aux)
-    if callable(heads) or not isinstance(heads, (Mapping, Sequence)):
+    if not isinstance(heads, (Mapping, Sequence)):
         raise ValueError(f"heads={heads!r} must be a dict or a list of functions, or gn.stacked_heads(...)")
     if len(heads) < 2:
         raise ValueError(f"heads has {len(heads)} task(s); balancing needs at least two")
@@ -246,7 +187,9 @@ def shared_linear(
 
     Knowing that it is linear, the engine gets the norms at its weight from the gradients at z: by T small
     matrix products, or by the Gram identity :math:`\|B^\top H\|^2 = \langle BB^\top, HH^\top \rangle`,
-    whichever takes fewer multiplications for the shapes at hand.
+    whichever takes fewer multiplications for the shapes at hand. Near a stationary point the terms of the latter
+    cancel: a norm below a hundredth of :math:`\|B\| \|H\|` has few digits in float32. On a CPU in eager mode the direct
+    way is taken then; where nobody may ask (a GPU, a compiler), it is what is reported.
 
     Args:
         weight: path of the weight, shape (out, in), as in `torch.nn.Linear`.
@@ -254,7 +197,8 @@ def shared_linear(
         activation: an elementwise or any other function of one tensor, or None. It must be deterministic.
 
     Returns:
-        A callable for `multi_task_loss(..., last_shared=...)`. `where=` naming these paths then takes the fast way.
+        A callable for `multi_task_loss(..., last_shared=...)`. W stays z until `where=` names these paths, which then
+        takes the fast way. The backbone must not apply the layer, too: `check` and a step at W say so.
 
     Example:
         >>> import torch, gradnorm_func as gn

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from typing import Any, TypeVar
@@ -35,6 +35,11 @@ def accum_dtype(*tensors: Tensor) -> torch.dtype:
 def promoted(x: Tensor) -> Tensor:
     """x in the dtype to add up in."""
     return x.to(accum_dtype(x))
+
+
+def asked(x: Tensor, question: Callable[[Tensor], Tensor]) -> bool:
+    """The answer of a value to a question, where asking costs nothing; False where nobody may ask."""
+    return free_to_ask(x) and bool(question(x))
 
 
 def choose(ok: Tensor, new: Tree, old: Tree) -> Tree:

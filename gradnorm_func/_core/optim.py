@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._core import tree
-from gradnorm_func._core.numerics import safe_sqrt
+from gradnorm_func._core.numerics import accum_dtype, column, safe_sqrt
 from gradnorm_func._core.tracing import traced
 
 Schedule: TypeAlias = Callable[[Tensor], Tensor]
@@ -36,9 +36,9 @@ class SGDState(NamedTuple):
 class AdamState(NamedTuple):
     """State of `adam`."""
 
-    step: Tensor  # () int64: updates so far
-    mean: Tensor  # (T,) first moment
-    square: Tensor  # (T,) second moment
+    step: Tensor  # (T,) int64: updates so far in which the task was present, those that its moments have seen
+    mean: Tensor  # (T,) first moment, in float32 at least
+    square: Tensor  # (T,) second moment, likewise
 
 
 def as_optimizer(optimizer: Any) -> Optimizer:
@@ -110,21 +110,26 @@ def adam(
     b1: float | Tensor = 0.9,
     b2: float | Tensor = 0.999,
     eps: float | Tensor = 1e-8,
+    weight_decay: float | Tensor = 0.0,
 ) -> Optimizer:
-    r"""Adam with bias correction, :math:`w \leftarrow w - \eta_t \hat m / (\sqrt{\hat v} + \epsilon)`.
+    r"""Adam with bias correction, :math:`w \leftarrow w - \eta_t (\hat m / (\sqrt{\hat v} + \epsilon) + \lambda w)`.
 
     Args:
-        learning_rate: η, a number, a 0-d tensor, or a schedule that maps the 0-d int64 count of updates
-            so far to η. The default is the one GradNorm's authors used for the task weights.
+        learning_rate: η, a number, a 0-d tensor, or a schedule that maps the 0-d int64 count of updates so far (of
+            the task that was in most of them) to η. The default is GradNorm's authors' for the task weights.
         b1: decay of the first moment, in [0, 1).
         b2: decay of the second moment, in [0, 1).
         eps: ε, added to the root of the second moment.
+        weight_decay: λ, decoupled from the gradient: AdamW, for the parameters of a model. Leave it at 0 for weights of
+            tasks.
 
     Returns:
-        Optimizer: an (init, update) pair.
+        Optimizer: an (init, update) pair. Moments and step are float32 at least. The bias of each task is corrected by
+        the number of updates in which it was present.
 
     Raises:
-        ValueError: if the learning rate or ε is a number that is not positive, or a decay lies outside [0, 1).
+        ValueError: if the learning rate or ε is a number that is not positive, a decay b1 or b2 lies outside [0, 1), or
+            `weight_decay` is negative.
 
     Example:
         >>> import torch, gradnorm_func as gn
@@ -133,7 +138,7 @@ def adam(
         >>> step
         tensor([-0.1000,  0.1000])
 
-    Source: Kingma & Ba 2015, Algorithm 1.
+    Source: Kingma & Ba 2015, Algorithm 1; the decay: Loshchilov & Hutter 2019, Algorithm 2.
     """
     _check_rate(learning_rate)
     for name, decay in (("b1", b1), ("b2", b2)):
@@ -141,23 +146,30 @@ def adam(
             raise ValueError(f"{name}={decay} must lie in [0, 1)")
     if not isinstance(eps, Tensor) and not eps > 0:
         raise ValueError(f"eps={eps} must be positive: it keeps the step finite where the gradient is zero")
+    decays = isinstance(weight_decay, Tensor) or weight_decay != 0
+    if not isinstance(weight_decay, Tensor) and not 0 <= weight_decay < float("inf"):
+        raise ValueError(f"weight_decay={weight_decay} must be at least 0, which is none")
 
     def init(weights: Tensor) -> AdamState:
-        count = torch.zeros((), dtype=torch.int64, device=weights.device)
-        return AdamState(count, torch.zeros_like(weights), torch.zeros_like(weights))
+        count = torch.zeros(weights.shape[:1], dtype=torch.int64, device=weights.device)
+        zeros = torch.zeros_like(weights, dtype=accum_dtype(weights))  # 0.999 is 1 in bfloat16
+        return AdamState(count, zeros, zeros.clone())
 
-    def update(grad: Tensor, state: AdamState, _weights: Tensor) -> tuple[Tensor, AdamState]:
-        count = state.step + 1
+    def update(grad: Tensor, state: AdamState, weights: Tensor) -> tuple[Tensor, AdamState]:
+        grad, count = grad.to(state.mean.dtype), state.step + 1
         mean = _mixed(grad, state.mean, b1)
         square = _mixed(grad * grad, state.square, b2)
-        power = count.to(grad.dtype)
+        power = column(count.to(grad.dtype), grad)
         if traced():  # stacked, or a compiler would inline the powers and take them again for every element
             mean_part, square_part = (1 - torch.stack([b1**power, b2**power])).unbind()
             size = safe_sqrt(square / square_part)
         else:
             mean_part, square_part = 1 - b1**power, 1 - b2**power
             size = (square / square_part).sqrt()
-        step = mean * -_rate(learning_rate, state.step) / ((size + eps) * mean_part)
+        rate = _rate(learning_rate, state.step)
+        step = mean * -rate / ((size + eps) * mean_part)
+        if decays:
+            step = step - rate * weight_decay * weights
         return step, AdamState(count, mean, square)
 
     return Optimizer(init, update)
@@ -169,7 +181,7 @@ def _mixed(new: Tensor, old: Tensor, decay: float | Tensor) -> Tensor:
 
 
 def _rate(learning_rate: float | Tensor | Schedule, count: Tensor) -> float | Tensor:
-    return learning_rate(count) if callable(learning_rate) else learning_rate
+    return learning_rate(count.max()) if callable(learning_rate) else learning_rate
 
 
 def _check_rate(learning_rate: float | Tensor | Schedule) -> None:

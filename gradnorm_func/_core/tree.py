@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import optree
@@ -33,6 +33,26 @@ class _Box:
 
     def __init__(self, leaf: Any) -> None:
         self.leaf = leaf
+
+
+def by_key(tree: PyTree) -> PyTree:
+    """What has an entry for each task, plain dicts in place of all mappings, so that keys are sorted: optree leaves an
+    OrderedDict in its own order, which parameters are to keep, and takes other mappings for leaves."""
+    if isinstance(tree, Mapping):
+        return {key: by_key(entry) for key, entry in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*map(by_key, tree))
+    return type(tree)(map(by_key, tree)) if type(tree) in (list, tuple) else tree
+
+
+def nones(tree: PyTree, *above: str) -> list[str]:
+    """Dotted paths of what is None, which has no leaf."""
+    entries = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
+    return [
+        path
+        for key, entry in entries
+        for path in ([".".join([*above, str(key)])] if entry is None else nones(entry, *above, str(key)))
+    ]
 
 
 def unflatten(treedef: Any, leaves: Iterable[Any]) -> PyTree:
@@ -65,6 +85,7 @@ def select(tree: PyTree, where: Where) -> list[int]:
     names = paths(tree)
     if where is None:
         return list(range(len(names)))
+    _check_where(where, names, tree)
     if callable(where):
         selected = [i for i, name in enumerate(names) if where(name)]
         if not selected:
@@ -132,6 +153,10 @@ def check_params(params: PyTree) -> None:
 
 def check_leaves(leaves: list[Any], params: PyTree) -> None:
     """`check_params` of params that have been flattened."""
+    if isinstance(params, (torch.nn.Module, Iterator)):
+        raise ValueError(
+            f"params is a {type(params).__name__}; it takes parameters by name: dict(model.named_parameters())"
+        )
     for index, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
@@ -141,6 +166,19 @@ def check_leaves(leaves: list[Any], params: PyTree) -> None:
             )
     if not leaves:
         raise ValueError("params has no leaves: there is nothing to differentiate")
+
+
+def _check_where(where: Any, names: list[str], tree: PyTree) -> None:
+    """W has a name here: the tensors themselves are others in every step."""
+    for entry in where if isinstance(where, (list, tuple)) else [where]:
+        if isinstance(entry, (Tensor, torch.nn.Module)):
+            name_of = {id(leaf): name for name, leaf in zip(names, flatten(tree)[0], strict=True)}
+            own = [entry] if isinstance(entry, Tensor) else entry.parameters()
+            same = [name_of[id(x)] for x in own if id(x) in name_of]
+            raise ValueError(
+                f"where={type(entry).__name__} is no path: W is named by its dotted path in params, "
+                f"where={(same or names)[0]!r}" + ("" if same else f"; the paths are {_shorten(names)}")
+            )
 
 
 def _below(name: str, prefix: str) -> bool:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._core import tree
-from gradnorm_func._core.loss import LossFn, task_vector
+from gradnorm_func._core.loss import LossFn
 from gradnorm_func._core.numerics import full_precision
+from gradnorm_func._core.tasks import task_vector
 from gradnorm_func._core.tracing import traced
 from gradnorm_func._gradinit.leaves import Leaves
 from gradnorm_func._measure.tape import Grads, tape, without_graph

@@ -28,6 +28,7 @@ class Trunk(NamedTuple):
     z: list[Tensor]  # leaves, the first axis of which is that of the examples
     z_treedef: Any
     layer: tuple[Tensor, ...]  # (h, y) of a `shared_linear`, z = activation(y); nothing otherwise
+    layer_indices: list[int]  # its leaves, where it reads copies of them, to tell what else reads these
     trunk_losses: list[Tensor]  # losses of the trunk alone, which no head sees
     aux: Any
 

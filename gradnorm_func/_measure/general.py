@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradnorm_func._core.loss import task_vector
 from gradnorm_func._core.numerics import promoted
+from gradnorm_func._core.tasks import task_vector
 from gradnorm_func._measure.norms import stats_at_leaves
 from gradnorm_func._measure.plan import Measured, Plan, filled, split_aux, weighted_sum
+from gradnorm_func._measure.reach import require_reached, require_tensors
 from gradnorm_func._measure.tape import tape, without_graph
 from gradnorm_func._reduce.stats import TaskStats
 
@@ -23,6 +24,7 @@ def general(plan: Plan) -> Measured:
 
     def record(leaves: list[Tensor]) -> tuple[list[Tensor], Any]:
         losses, aux = split_aux(plan.loss_fn(plan.params(leaves), plan.batch), plan.has_aux)
+        require_tensors(plan, losses)
         return [task_vector(losses)], (losses, aux)
 
     run = tape(record, plan.leaves)
@@ -30,10 +32,12 @@ def general(plan: Plan) -> Measured:
     plan, decision = plan.with_losses(losses)
     assert plan.where is not None
     rows: list[Tensor] = []  # (T, ...) for each leaf of W
+    reached = True
     stats = TaskStats(promoted(losses))
     if plan.needs != "losses":
         eye = plan.seeds(torch.eye(losses.shape[0], dtype=losses.dtype, device=losses.device), losses.dtype)
         pulled = run.pull_rows([eye], plan.where, vectorize=plan.vectorize, chunk_size=plan.chunk_size)
+        reached = any(grad is not None for grad in pulled)
         rows = [
             leaf.new_zeros(losses.shape[0], *leaf.shape) if grad is None else grad
             for leaf, grad in zip((plan.leaves[i] for i in plan.where), pulled, strict=True)
@@ -44,6 +48,8 @@ def general(plan: Plan) -> Measured:
         if rows and len(plan.where) == len(plan.leaves):  # Σ w_i ∇L_i without a backward pass
             grads = [weighted_sum(weights, leaf) for leaf in rows]
         else:
-            grads = filled(run.pull([plan.seeds(weights, losses.dtype)], last=True), plan.leaves)
+            unfilled = run.pull([plan.seeds(weights, losses.dtype)], last=True)
+            grads, reached = filled(unfilled, plan.leaves), any(grad is not None for grad in unfilled)
+        require_reached(plan, reached)
         stats = stats._replace(grads=grads)
     return Measured(stats, structure, aux, decision)

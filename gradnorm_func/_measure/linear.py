@@ -12,8 +12,8 @@ from torch.func import vmap
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import SharedLinear
-from gradnorm_func._core.numerics import accum_dtype, full_precision, safe_sqrt
-from gradnorm_func._measure.norms import PerTask
+from gradnorm_func._core.numerics import accum_dtype, asked, diagonal, full_precision, safe_sqrt
+from gradnorm_func._measure.norms import PerTask, stacked
 from gradnorm_func._measure.plan import Plan
 from gradnorm_func._measure.tape import tape
 
@@ -88,8 +88,16 @@ def norms(h: Tensor, y_grads: PerTask, leaves: Leaves) -> Tensor:
     by_gram = leaves.weight and num_tasks * n * d_out * d_in > num_tasks * n * n * d_out + n * n * d_in
     with full_precision(h):
         inputs = _products(rows) + float(leaves.bias) if by_gram else None
-        squares = each(lambda y_grad: _square(rows, y_grad.reshape(n, d_out), inputs, leaves), y_grads)
-    return safe_sqrt(squares if isinstance(squares, Tensor) else torch.stack(squares))
+        squares = stacked(each(lambda y_grad: _square(rows, y_grad.reshape(n, d_out), inputs, leaves), y_grads))
+        if inputs is not None and asked(squares, lambda squares: _cancelled(squares, y_grads, inputs)):
+            squares = stacked(each(lambda y_grad: _square(rows, y_grad.reshape(n, d_out), None, leaves), y_grads))
+    return safe_sqrt(squares)
+
+
+def _cancelled(squares: Tensor, y_grads: PerTask, inputs: Tensor) -> Tensor:
+    """Whether the Gram identity has lost most digits of a norm: near a stationary point its terms cancel."""
+    sizes = torch.stack([torch.linalg.vector_norm(y_grad, dtype=squares.dtype) for y_grad in y_grads]).square()
+    return (squares < 2**10 * torch.finfo(squares.dtype).eps * sizes * diagonal(inputs).sum()).any()
 
 
 def _products(x: Tensor) -> Tensor:

@@ -155,6 +155,13 @@ def named_losses(plan: Plan, measured: Measured) -> Any:
     return loss.structure(vector.unbind())
 
 
+def tasks_of(plan: Plan, measured: Measured) -> Any:
+    """What has the names of the tasks: the loss with its seam, or what another one has returned."""
+    loss = plan.loss_fn
+    named = isinstance(loss, MultiTaskLoss) and not isinstance(loss.heads, StackedHeads)
+    return loss if named else measured.losses
+
+
 def as_tree(plan: Plan, measured: Measured) -> Any:
     """Task gradients in the structure of z, of params, or, where only some leaves were named, keyed by path."""
     rows = measured.stats.task_grads

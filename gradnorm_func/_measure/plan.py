@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._core import tree
-from gradnorm_func._core.loss import LossFn, MultiTaskLoss, wrong_count
+from gradnorm_func._core.loss import LossFn, MultiTaskLoss
 from gradnorm_func._core.numerics import accum_dtype, column, full_precision, promoted
+from gradnorm_func._core.tasks import wrong_count
 from gradnorm_func._core.tracing import traced
 from gradnorm_func._core.tree import Where
 from gradnorm_func._reduce.stats import TaskStats
@@ -68,6 +69,7 @@ class Plan(NamedTuple):
     vectorize: bool = True
     chunk_size: int | None = None
     loss_scale: float | Tensor | None = None  # of every cotangent of the losses
+    whole_step: bool = False  # is this all of a training step, so that every present task must have a gradient?
 
     def params(self, leaves: Sequence[Tensor]) -> Any:
         """Leaves in the user's structure."""
@@ -90,6 +92,16 @@ class Plan(NamedTuple):
             return self.weights(stats)
         assert not isinstance(self.weights, OfLosses), "with_losses has asked it"
         return self.weights, decision
+
+    def weighed_afterwards(self) -> Plan:
+        """The plan whose weights are no part of the cotangents: in float16 a small one underflows with its norm, and
+        would never grow again. The heads run back twice for it, unless there is a loss scale."""
+        weights = self.weights
+        if not isinstance(weights, Tensor) or self.needs == "losses" or self.heads == "own":
+            return self
+        if self.loss_scale is not None:
+            return self
+        return self._replace(weights=lambda _stats: (weights, ()))
 
     def seeds(self, cotangents: Tensor, dtype: torch.dtype) -> Tensor:
         """The cotangents of the losses, which are of `dtype`, with the loss scale on them."""
@@ -144,9 +156,16 @@ def plan_of(
 
 def selected(params: Any, treedef: Any, where: Where) -> list[int]:
     """Indices of the leaves that `where` names; names are looked up once for one structure of params."""
-    if torch.compiler.is_compiling() or callable(where):
-        return tree.select(params, where)
-    return list(_selected(treedef, where if isinstance(where, str) or where is None else tuple(where)))
+    if where is not None and not isinstance(where, str):
+        if torch.compiler.is_compiling() or not all(isinstance(path, str) for path in _entries(where)):
+            return tree.select(params, where)
+        where = tuple(_entries(where))
+    return tree.select(params, where) if torch.compiler.is_compiling() else list(_selected(treedef, where))
+
+
+def _entries(where: Any) -> Sequence[Any]:
+    """The paths that `where` lists; itself, if it is no list."""
+    return where if isinstance(where, (list, tuple)) else [where]
 
 
 @lru_cache(maxsize=64)

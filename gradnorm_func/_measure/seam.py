@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._core import tree
-from gradnorm_func._core.loss import MultiTaskLoss, StackedHeads, task_vector
+from gradnorm_func._core.loss import MultiTaskLoss, StackedHeads
+from gradnorm_func._core.tasks import task_vector
+from gradnorm_func._core.tracing import traced
 from gradnorm_func._measure.crossing import AtZ, Crossing, Trunk, Weighted, linear_leaves
 from gradnorm_func._measure.norms import PerTask
 from gradnorm_func._measure.plan import Measured, Plan, filled, split_aux, weighted_sum
+from gradnorm_func._measure.reach import require_reached, require_tensors, twice_message
 from gradnorm_func._measure.tape import Grads, Tape, copy_of, tape
 
 
@@ -30,17 +33,20 @@ def seam(plan: Plan, crossing_of: Callable[[Plan], Crossing] = Weighted) -> Meas
     heads = _heads(plan, loss, trunk, crossing_of(plan))
     losses = heads.tape.outputs[0]  # (T,)
     plan, decision = plan.with_losses(losses)
+    if crossing_of is Weighted and any(leaf.dtype == torch.float16 for leaf in trunk.z):
+        plan = plan.weighed_afterwards()
     crossing = crossing_of(plan)
     seeds = crossing.seeds(losses)
 
     once = not callable(plan.weights) or plan.heads == "own"  # a rule's weights send the heads back once more
-    grads, z_grads, w_grads = heads.pull(seeds, last=once)
+    grads, z_grads, w_grads, read = heads.pull(seeds, last=once)
     crossed = crossing.cross(trunk, AtZ(losses, seeds, z_grads, heads.w_indices, w_grads))
     stats = crossed.stats
     if crossed.cotangents is not None:
         if crossed.head_seeds is not None:
-            grads, _, w_grads = heads.pull(crossed.head_seeds, last=True, z=False)
-        trunk_grads = trunk.tape.pull(crossed.cotangents, last=True)
+            grads, _, w_grads, _ = heads.pull(crossed.head_seeds, last=True, z=False)
+        trunk_grads = _with_layer(plan, trunk, trunk.tape.pull(crossed.cotangents, last=True))
+        require_reached(plan, read or any(grad is not None for grad in trunk_grads))
         weights = crossed.w_weights
         at_w = [rows.sum(0) if weights is None else weighted_sum(weights, rows) for rows in w_grads]
         by_heads = dict(zip([*heads.indices, *heads.w_indices], [*grads, *at_w], strict=True))
@@ -52,9 +58,14 @@ def seam(plan: Plan, crossing_of: Callable[[Plan], Crossing] = Weighted) -> Meas
 def _trunk(plan: Plan, loss: MultiTaskLoss, trunk_loss: Callable[[Any, Any, Any], Tensor] | None) -> Trunk:
     """z, as a function of all leaves of params."""
 
-    def record(leaves: list[Tensor]) -> tuple[list[Tensor], Any]:
+    in_w = None if traced() else linear_leaves(plan)
+    indices = [] if in_w is None else in_w.order
+
+    def record(inputs: list[Tensor]) -> tuple[list[Tensor], Any]:
+        leaves, copies = inputs[: len(plan.leaves)], inputs[len(plan.leaves) :]
         params = plan.params(leaves)
-        z, layer, aux = loss.shared(params, plan.batch)
+        of_layer = plan.params(tree.replace(leaves, indices, copies)) if copies else None
+        z, layer, aux = loss.shared(params, plan.batch, of_layer)
         z_leaves, z_treedef = tree.flatten(z)
         for leaf in z_leaves:
             if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
@@ -62,10 +73,20 @@ def _trunk(plan: Plan, loss: MultiTaskLoss, trunk_loss: Callable[[Any, Any, Any]
         extra = [] if trunk_loss is None else [task_vector([trunk_loss(params, z, plan.batch)])[0]]
         return [*z_leaves, *extra], (z_treedef, layer, aux)
 
-    run = tape(record, plan.leaves)
+    run = tape(record, [*plan.leaves, *(copy_of(plan.leaves[i]) for i in indices)])
     z_treedef, layer, aux = run.aux
     count = z_treedef.num_leaves
-    return Trunk(run, run.outputs[:count], z_treedef, layer, run.outputs[count:], aux)
+    return Trunk(run, run.outputs[:count], z_treedef, layer, indices, run.outputs[count:], aux)
+
+
+def _with_layer(plan: Plan, trunk: Trunk, pulled: Grads) -> Grads:
+    """The trunk's gradients, those of a `shared_linear` whose norms were taken put in their place."""
+    grads = pulled[: len(plan.leaves)]
+    for i, grad in zip(trunk.layer_indices, pulled[len(plan.leaves) :], strict=True):
+        if grads[i] is not None:  # the norms miss this part
+            raise ValueError(twice_message(tree.paths(plan.params(plan.leaves))[i]))
+        grads[i] = grad
+    return grads
 
 
 class _Heads(NamedTuple):
@@ -77,8 +98,9 @@ class _Heads(NamedTuple):
     w_indices: list[int]  # of the leaves of W of which every head has a copy, to keep the tasks' gradients apart
     w: list[Tensor]  # those leaves
 
-    def pull(self, seeds: Tensor, *, last: bool, z: bool = True) -> tuple[Grads, list[PerTask], list[Tensor]]:
-        """Gradients at the leaves; at the leaves of z, task by task; and at the copies of W, (T, ...)."""
+    def pull(self, seeds: Tensor, *, last: bool, z: bool = True) -> tuple[Grads, list[PerTask], list[Tensor], bool]:
+        """Gradients at the leaves; at the leaves of z, task by task; at the copies of W, (T, ...); and whether a head
+        reads any of params."""
         count = seeds.shape[0]
         inputs = len(self.indices)
         copies = sum(1 if isinstance(leaf, Tensor) else count for leaf in self.z)
@@ -92,8 +114,9 @@ class _Heads(NamedTuple):
                 z_grads += filled([next(grads)], [leaf])
             else:
                 z_grads.append(filled([next(grads) for _ in leaf], leaf))
-        w_grads = [torch.stack(filled([next(grads) for _ in range(count)], [leaf] * count)) for leaf in self.w]
-        return at_leaves, z_grads, w_grads
+        at_w = [[next(grads) for _ in range(count)] for _ in self.w]
+        w_grads = [torch.stack(filled(row, [leaf] * count)) for row, leaf in zip(at_w, self.w, strict=True)]
+        return at_leaves, z_grads, w_grads, any(grad is not None for grad in chain(at_leaves, *at_w))
 
 
 def _heads(plan: Plan, loss: MultiTaskLoss, trunk: Trunk, crossing: Crossing) -> _Heads:
@@ -117,8 +140,9 @@ def _heads(plan: Plan, loss: MultiTaskLoss, trunk: Trunk, crossing: Crossing) ->
             params = plan.params(tree.replace(leaves, w_indices, of_task[len(z) :])) if w_indices else shared
             out = head(params, tree.unflatten(trunk.z_treedef, of_task[: len(z)]), plan.batch)
             outs.append(split_aux(out, plan.has_aux, "a head"))
-        losses = task_vector(loss.structure([value for value, _ in outs]))
-        return [losses], loss.structure([aux for _, aux in outs]) if plan.has_aux else ()
+        values = loss.structure([value for value, _ in outs])
+        require_tensors(plan, values)
+        return [task_vector(values)], loss.structure([aux for _, aux in outs]) if plan.has_aux else ()
 
     inputs = [*(plan.leaves[i] for i in indices), *chain(*z), *(copy_of(leaf) for leaf in w for _ in range(count))]
     return _Heads(tape(record, inputs), indices, list(z), w_indices, w)
@@ -134,6 +158,7 @@ def _stacked(plan: Plan, heads: StackedHeads, trunk: Trunk, crossing: Crossing) 
         copies = tree.unflatten(trunk.z_treedef, inputs[len(indices) :])
         out = heads.mapped(0)(tree.subtree(params, heads.path), copies, plan.batch)
         losses, aux = split_aux(out, plan.has_aux, "a head")
+        require_tensors(plan, losses)
         return [task_vector(losses)], aux
 
     return _Heads(tape(record, [*(plan.leaves[i] for i in indices), *z]), indices, list(z), [], [])

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradnorm_func._core.loss import MultiTaskLoss, task_vector
+from gradnorm_func._core.loss import MultiTaskLoss
 from gradnorm_func._core.numerics import promoted
+from gradnorm_func._core.tasks import task_vector
 from gradnorm_func._measure.norms import stats_at_leaves
 from gradnorm_func._measure.plan import Measured, Plan, filled, split_aux, weighted_sum
+from gradnorm_func._measure.reach import require_reached, require_tensors
 from gradnorm_func._measure.tape import Tape, tape
 from gradnorm_func._reduce.stats import TaskStats
 
@@ -25,8 +27,10 @@ def separable(plan: Plan) -> Measured:
     assert isinstance(loss, MultiTaskLoss)
     runs = [_recorded(plan, function) for function in loss.functions]
     values = [run.outputs[0] for run in runs]
+    numbers = [run.aux[0] for run in runs]
+    require_tensors(plan, loss.structure([v if x is None else x for v, x in zip(values, numbers, strict=True)]))
     losses = torch.stack(values)
-    aux = ((), loss.structure([run.aux for run in runs])) if plan.has_aux else ()
+    aux = ((), loss.structure([run.aux[1] for run in runs])) if plan.has_aux else ()
     plan, decision = plan.with_losses(losses)
     where = plan.where or []
     # Only what is asked for is differentiated: without weights, W alone.
@@ -37,7 +41,9 @@ def separable(plan: Plan) -> Measured:
         seeds = plan.unit_seeds(losses)
         leaves = [plan.leaves[i] for i in indices]
         pulled = zip(runs, seeds.to(losses.dtype).unbind(), values, strict=True)
-        grads = [filled(run.pull([seed.to(value.dtype)], indices, last=True), leaves) for run, seed, value in pulled]
+        unfilled = [run.pull([seed.to(value.dtype)], indices, last=True) for run, seed, value in pulled]
+        require_reached(plan, any(grad is not None for task in unfilled for grad in task))
+        grads = [filled(task, leaves) for task in unfilled]
         if plan.needs != "losses":
             rows = [torch.stack([task[indices.index(i)] for task in grads]) for i in where]
             plain = plan.loss_scale is None and plan.active is None
@@ -49,10 +55,10 @@ def separable(plan: Plan) -> Measured:
 
 
 def _recorded(plan: Plan, function: Callable[..., Any]) -> Tape:
-    """One loss, from all leaves to a scalar."""
+    """One loss, from all leaves to a scalar; its aux is (the loss if it was a number, its own aux)."""
 
     def record(leaves: list[Tensor]) -> tuple[list[Tensor], Any]:
         value, aux = split_aux(function(plan.params(leaves), plan.batch), plan.has_aux, "a loss")
-        return [task_vector([value]).squeeze(0)], aux
+        return [task_vector([value]).squeeze(0)], (None if isinstance(value, Tensor) else value, aux)
 
     return tape(record, plan.leaves)

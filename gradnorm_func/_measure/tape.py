@@ -11,7 +11,7 @@ Two ways, the same numbers:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -51,7 +51,7 @@ class Tape(NamedTuple):
         self, cotangents: list[Tensor], wanted: Sequence[int] | None, *, vectorize: bool, chunk_size: int | None
     ) -> Grads:
         """The pullback over a leading task axis: cotangents (T, ...) -> gradients (T, ...), or None."""
-        if vectorize and not any(map(_needs_a_loop, _nodes(self.saved))):
+        if vectorize and not any(map(_needs_a_loop, nodes(out.grad_fn for out in self.saved))):
             try:
                 return _vectorized(self.pull, cotangents, wanted, chunk_size)
             except RuntimeError:  # an operation without a batching rule, such as a compiled sub-module
@@ -188,9 +188,9 @@ def _vectorized(pull: Pull, cotangents: list[Tensor], wanted: Sequence[int] | No
     return [None if missing else next(rows) for missing in unread]
 
 
-def _nodes(outputs: Sequence[Tensor]) -> Iterator[Any]:
-    """Every node of the autograd graph of the outputs."""
-    todo = [out.grad_fn for out in outputs if out.grad_fn is not None]
+def nodes(roots: Iterable[Any]) -> Iterator[Any]:
+    """Every node of the autograd graph below some nodes, these included."""
+    todo = [root for root in roots if root is not None]
     seen = set(todo)
     while todo:
         node = todo.pop()

@@ -53,7 +53,17 @@ def balance(
             # Asked of the step and not of the rotations, which follow late: what is chosen can be written at once.
             sound = step.square().sum().isfinite() & new.weights.isfinite().all()
             info = info._replace(finite=info.finite & (sound if turn_now is True else sound | ~turn_now))
-        return settled(new, state, accepted(info.finite, vector, update), turn_now, vector), info
+        ok = accepted(info.finite, vector, update)
+        return settled(new, state, ok, turn_now, vector, lambda old: _absent(old, hyper)), info
+
+
+def _absent(state: RotoGradState, hyper: Hyper) -> RotoGradState:
+    """What absent tasks keep: at the burn-in step no L(0) and ‖g(0)‖ from before it, but those of their next step."""
+    if hyper.burn_in is None:
+        return state
+    now = state.step == hyper.burn_in
+    initial = [torch.where(now, torch.nan, x) for x in (state.initial_losses, state.initial_norms)]
+    return state._replace(initial_losses=initial[0], initial_norms=initial[1])
 
 
 def _moved(state: RotoGradState, stats: RotoGradStats, result: Numbers, hyper: Hyper) -> tuple[RotoGradState, Tensor]:

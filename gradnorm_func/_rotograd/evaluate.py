@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._core import tree
-from gradnorm_func._core.loss import MultiTaskLoss, StackedHeads, task_names
+from gradnorm_func._core.loss import MultiTaskLoss, StackedHeads
+from gradnorm_func._core.tasks import task_names
 from gradnorm_func._rotograd.rotation import Layout
 from gradnorm_func._rotograd.settings import RotoGradState, layout_of
 

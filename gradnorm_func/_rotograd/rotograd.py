@@ -12,9 +12,11 @@ from torch import Tensor
 from gradnorm_func._balance.guard import due
 from gradnorm_func._balance.passes import Goal, Job, Pass
 from gradnorm_func._balance.protocol import Balancer
+from gradnorm_func._balance.start import NumTasks, given_by_name
 from gradnorm_func._core import optim, tree
 from gradnorm_func._core.loss import MultiTaskLoss, StackedHeads
 from gradnorm_func._core.numerics import full_precision
+from gradnorm_func._core.tasks import check_named
 from gradnorm_func._core.tracing import no_graph
 from gradnorm_func._measure.measure import run_engine
 from gradnorm_func._measure.plan import Plan, plan_of
@@ -131,7 +133,7 @@ def rotograd(
     )
 
     def init(
-        num_tasks: int,
+        num_tasks: NumTasks,
         *,
         rotations: Tensor | None = None,
         initial_losses: Any = None,
@@ -163,9 +165,20 @@ class Rotating(NamedTuple):
     ) -> Pass:
         """One pass through the seam."""
         _check_loss(state, job)
+        check_named(job.loss_fn, mask=job.named_mask, **given_by_name(state))
         # The weights of the plan only say whether gradients of the parameters are wanted.
         weights = None if goal == "stats" else state.weights
-        plan = plan_of(job.params, job.loss_fn, batch, None, weights, "norms", active=job.mask, **job.options)
+        plan = plan_of(
+            job.params,
+            job.loss_fn,
+            batch,
+            None,
+            weights,
+            "norms",
+            active=job.mask,
+            whole_step=examples is None,
+            **job.options,
+        )
         self._check_count(state, plan)
         moves = due(state, self.hyper.every, job.update) is not False
 

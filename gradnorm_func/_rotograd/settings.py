@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._balance.balancer import check_every
-from gradnorm_func._balance.start import start_vector
+from gradnorm_func._balance.start import NumTasks, start_vector
 from gradnorm_func._core import optim, tree
 from gradnorm_func._rotograd.rotation import MAPS, Layout
 
@@ -90,7 +90,7 @@ def checked(hyper: Hyper) -> Hyper:
 
 
 def start_state(
-    num_tasks: int,
+    num_tasks: NumTasks,
     hyper: Hyper,
     rotations: Tensor | None,
     initial_losses: Any,
@@ -99,9 +99,9 @@ def start_state(
 ) -> RotoGradState:
     """The state before the first step."""
     losses = start_vector("initial_losses", initial_losses, num_tasks, torch.nan, dtype, device)  # (T,)
-    shape = (num_tasks, hyper.layout.size, hyper.layout.size)
+    shape = (*losses.shape, hyper.layout.size, hyper.layout.size)
     eye = torch.eye(shape[-1], dtype=losses.dtype, device=device)
-    start = eye.repeat(num_tasks, 1, 1)  # (T, m, m)
+    start = eye.repeat(shape[0], 1, 1)  # (T, m, m)
     if rotations is not None:
         if rotations.shape != shape:
             raise ValueError(f"rotations has shape {tuple(rotations.shape)}; these tasks and features need {shape}")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._core import tree
-from gradnorm_func._core.loss import task_names, task_vector, wrong_count
 from gradnorm_func._core.numerics import diagonal, promoted, row_norms, safe_sqrt
+from gradnorm_func._core.tasks import task_names, task_vector, wrong_count
 from gradnorm_func._core.tracing import inside_transform
 from gradnorm_func._measure.norms import norms_by_example
 from gradnorm_func._measure.plan import Needs
@@ -80,7 +80,7 @@ def fork(z: Any, tasks: int | Mapping[str, Any] | Sequence[Any]) -> Any:
         >>> sum(losses.values()).backward()
 
         For heads that learn from the weighted sum, the last two lines are
-        `sum(w * losses[name] for name, w in zip(gn.task_names(losses), info.weights)).backward()`.
+        `gn.weighted_sum(losses, info.weights).backward()`.
     """
     count = tasks if isinstance(tasks, int) else len(tasks)
     if count < 2:
@@ -144,13 +144,14 @@ def measure_losses(
         losses = {name: loss_of[name](head(copies[name]), y) for name, head in heads.items()}
         stats = gn.measure_losses(losses, copies, needs=balancer.needs, num_examples=len(x))  # the heads, backwards
         state, info = balancer.balance(state, reduce(stats))              # reduce: the mean over ranks
-        (share * sum(w * losses[name] for name, w in zip(gn.task_names(losses), info.weights))).backward()
+        (share * gn.weighted_sum(losses, info.weights)).backward()
 
     Heads that are to learn from their own losses take another last line: see `weigh_trunk`. DDP and FSDP2 average
     gradients over the R ranks: `share` is R n_r / Σ n_r, 1 for batches of one size. With micro-batches n_r is the size
     of this one, the sum goes over them all, `merge` unites their stats, and the backward passes use the weights from
     before. GradNorm always does, so it can have the norms of the step's own backward pass, and the heads run backwards
-    once: give `weights`, and call this after `backward` and before `balance`. Gradients that were written for a step
+    once: take `weights = balancer.weights(state, gn.measure_losses(losses, needs="losses"))` (over ranks of its
+    `all_reduce`), give them here, and call this after `backward` and before `balance`. Gradients that were written for a step
     with `info.finite` False are to be dropped, not stepped on.
 
     Args:
@@ -171,8 +172,8 @@ def measure_losses(
         micro-batches and ranks.
 
     Raises:
-        ValueError: if losses have no graph, do not match the copies, or do not depend on W; or if there were no
-            backward pass, but weights.
+        ValueError: if losses have no graph, do not match the copies, or do not depend on W, all but one of them; or
+            if there were no backward pass, but weights, or the other way round.
 
     Example:
         >>> import torch, gradnorm_func as gn
@@ -197,7 +198,12 @@ def measure_losses(
     if where is not None:
         if weights is not None:
             raise ValueError("weights= is for copies, which keep their gradients; at where=, call before backward()")
-        return _at_parameters(stats, losses, where, constant, needs)
+        if any(not isinstance(leaf, Tensor) for leaf in tree.flatten(where)[0]):
+            raise ValueError(
+                f"where={where!r} must be the parameters themselves here, for there are no params in which to look a "
+                "path up: where=model.trunk[2].weight, or dict(model.trunk[2].named_parameters())"
+            )
+        return _at_parameters(stats, tree.by_key(losses), where, constant, needs)
     tasks = [tree.flatten(copy)[0] for copy in _checked(copies, losses, vector.shape[0])]
     seeds = constant.expand_as(vector)
     if weights is None:
@@ -215,7 +221,15 @@ def _pulled(vector: Tensor, tasks: list[list[Tensor]], seeds: Tensor) -> list[li
     if not all(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in flat):
         raise ValueError("the copies have no graph: was the backbone run under no_grad, or is it frozen?")
     # One pass: a copy is read by its own task alone.
-    grads = torch.autograd.grad(vector, flat, seeds, retain_graph=True, allow_unused=True)
+    try:
+        grads = torch.autograd.grad(vector, flat, seeds, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "a second time" not in str(error):
+            raise
+        raise ValueError(
+            "the graph of losses is gone: backward() has run already. Give weights=, those of the sum that went "
+            "backward, and the norms are those of that pass; or call measure_losses before backward()"
+        ) from error
     for leaf in flat:
         leaf.grad = None  # kept from this pass too, and the backward pass of the step would add to it
     if all(grad is None for grad in grads):
@@ -274,6 +288,12 @@ def _at_parameters(stats: TaskStats, losses: Any, where: Any, scale: Tensor, nee
         else [None] * len(leaves)
         for loss in terms
     ]
+    names, readers = task_names(losses), [i for i, row in enumerate(rows) if any(grad is not None for grad in row)]
+    if len(readers) == 1 and sum(term.requires_grad for term in terms) > 1:
+        raise ValueError(
+            f"only the task {names[readers[0]]!r} reads where=, and the norms of the others are exactly 0 there: give "
+            "the weight of the last layer that all tasks share"
+        )
     unread = [all(row[k] is None for row in rows) for k in range(len(leaves))]
     if all(unread) or any(unread[k] for k in sharded(leaves)):
         raise ValueError(

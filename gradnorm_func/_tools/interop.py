@@ -6,20 +6,18 @@ The one module that writes to its arguments, and only in `write_grads` and `writ
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from gradnorm_func._core import tree
-from gradnorm_func._core.loss import task_names
+from gradnorm_func._core.tasks import Tasks, task_names
 from gradnorm_func._core.trained import Trained, apart
 from gradnorm_func._core.tree import Tensors
 
 State = TypeVar("State", bound=Tensors)
-# The names of the tasks, or what has a part for each of them: the losses, the heads.
-Tasks: TypeAlias = Mapping[str, Any] | Sequence[Any] | Tensor
 
 
 class Info(Protocol):
@@ -211,7 +209,7 @@ def log_dict(info: Info, names: Tasks | None = None, *, prefix: str = "") -> dic
 
     Args:
         info: the Info of one step of any balancer.
-        names: task names: a list, or the losses or heads themselves; by default "0", "1", ....
+        names: task names: a list, or what `task_names` takes, such as the loss_fn; by default "0", "1", ....
         prefix: put before every name.
 
     Returns:
@@ -282,8 +280,7 @@ def _task_names(info: Info, names: Tasks | None) -> list[str]:
     count: int = info.losses.shape[0]
     if names is None:
         return task_names(info.losses)
-    is_list = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
-    tasks = list(names) if is_list else task_names(names)
+    tasks = task_names(names)
     if len(tasks) != count:
         raise ValueError(f"names has {len(tasks)} entries, but there are {count} tasks")
     return tasks

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from gradnorm_func._core import tree
-from gradnorm_func._core.loss import LossFn, task_names
+from gradnorm_func._core.loss import LossFn
 from gradnorm_func._core.numerics import cosines, row_norms
+from gradnorm_func._core.tasks import task_names
 from gradnorm_func._core.tree import Tensors, Where
 from gradnorm_func._measure.measure import named_losses, run_engine
 from gradnorm_func._measure.plan import plan_of

@@ -2,106 +2,149 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradnorm_func._core import tree
-from gradnorm_func._core.loss import LossFn
 from gradnorm_func._core.numerics import choose
 from gradnorm_func._core.trained import Trained
-from gradnorm_func._tools.sweep_grid import Combination, Factory
+from gradnorm_func._tools.sweep_grid import Factory, Run
 from gradnorm_func._tools.train import first_look
 
 
-class Plan(NamedTuple):
-    """What is to be run: every combination with every seed, the seed changing fastest."""
+class Program(NamedTuple):
+    """What all runs have in common: how they differ is in their hyperparameters alone."""
 
-    loss_fn: LossFn
-    combinations: list[Combination]
-    seeds: list[int]
+    loss_fn: Factory
     balancer: Factory
     optimizer: Factory
     places: Trained  # which leaves of params move
-
-    def table(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """The hyperparameters and the seed of every run, (R,) each."""
-
-        def column(values: list[float]) -> Tensor:
-            whole = all(isinstance(value, int) for value in values)
-            return torch.tensor(values, dtype=torch.int64 if whole else dtype, device=device)
-
-        rows = [combination | {"seed": seed} for combination in self.combinations for seed in self.seeds]
-        return {name: column([row[name] for row in rows]) for name in rows[0]}
+    paths: tuple[str, ...]  # of the leaves of params
 
 
 class Runs(NamedTuple):
     """Some of the runs, which share a step; every tensor has a leading axis of runs."""
 
     hyper: dict[str, Tensor]
+    seeds: list[int]  # of every run
     current: tuple[Any, Any, Any]  # parameters, their moments, the balancer's state
     infos: list[Any]  # one a step
+    metrics: list[Any]  # one an evaluation
+
+
+def table_of(rows: Sequence[Run], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """The hyperparameters and the seed of every run, (R,) each, (R, n) for vectors."""
+
+    def column(values: list[Any]) -> Tensor:
+        if isinstance(values[0], Tensor):
+            vectors = torch.stack(values).to(device)
+            return vectors.to(dtype) if vectors.is_floating_point() else vectors
+        whole = all(isinstance(value, int) for value in values)  # a bool is one, too, and torch keeps it
+        return torch.tensor(values, dtype=None if whole else dtype, device=device)
+
+    names = rows[0].combination
+    return {name: column([row.combination[name] for row in rows]) for name in names} | {
+        "seed": torch.tensor([row.seed for row in rows], device=device)
+    }
 
 
 def start(
-    plan: Plan, starts: Sequence[Any], batch: Any, chunk_size: int | None
+    program: Program, rows: Sequence[Run], starts: Mapping[int, Any], batch: Any, chunk_size: int | None
 ) -> tuple[dict[str, Tensor], list[Runs]]:
     """The table of runs, and the runs themselves in chunks; `starts` are the parameters of each seed."""
-    starts = [tree.tree_map(torch.detach, params) for params in starts]
-    _, init = first_look(plan.loss_fn, starts[0], batch)
+    starts = {seed: tree.tree_map(torch.detach, params) for seed, params in starts.items()}
+    like = tree.flatten(starts[rows[0].seed])[0][0]
+    example = {name: column[0] for name, column in table_of(rows[:1], like.dtype, like.device).items()}
+    _, init = first_look(program.loss_fn(example), starts[rows[0].seed], batch)
     # Hyperparameters are as exact as the weights, and do not widen what they are multiplied with.
-    table = plan.table(init["dtype"], init["device"])
+    table = table_of(rows, init["dtype"], init["device"])
 
     def one(run: int) -> tuple[dict[str, Tensor], tuple[Any, Any, Any]]:
         # One run at a time: what `init` checks, it may look at.
         hyper = {name: column[run] for name, column in table.items() if name != "seed"}
-        params = starts[run % len(starts)]
-        leaves = tree.flatten(params)[0]
-        moments = [plan.optimizer(hyper).init(leaves[i]) for i in plan.places.moved]
-        return hyper, (params, moments, plan.balancer(hyper).init(**init))
+        params = starts[rows[run].seed]
+        leaves, paths = tree.flatten(params)[0], program.paths
+        moments = [program.optimizer(hyper | {"path": paths[i]}).init(leaves[i]) for i in program.places.moved]
+        return hyper, (params, moments, program.balancer(hyper).init(**init))
 
-    runs = range(len(table["seed"]))
-    size = chunk_size or len(runs)
+    size = chunk_size or len(rows)
     chunks = []
-    for first in runs[::size]:
-        hyper, current = tree.tree_map(lambda *leaves: torch.stack(leaves), *map(one, runs[first : first + size]))
-        chunks.append(Runs(hyper, current, []))
+    for first in range(0, len(rows), size):
+        part = range(first, min(first + size, len(rows)))
+        hyper, current = tree.tree_map(lambda *leaves: torch.stack(leaves), *map(one, part))
+        chunks.append(Runs(hyper, [rows[run].seed for run in part], current, [], []))
     return table, chunks
 
 
-def step_of(plan: Plan) -> Callable[[dict[str, Tensor], Any, Any], Any]:
-    """step(hyper, current, batch) -> info, of all runs of a chunk; it writes to `current`, to save time and memory."""
+def by_seed(batches: Callable[[int], Iterable[Any]], seeds: Iterable[int]) -> Iterator[dict[int, Any]]:
+    """The batches of all seeds, side by side."""
+    columns = {seed: batches(seed) for seed in seeds}
+    try:
+        yield from (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+    except ValueError as error:
+        if "zip()" not in str(error):
+            raise
+        raise ValueError(
+            "batches(seed) must give as many batches for every seed: some have ended before others"
+        ) from None
 
-    def one(hyper: dict[str, Tensor], params: Any, moments: Any, state: Any, batch: Any) -> Any:
+
+def stacked(batch: Mapping[int, Any], seeds: Sequence[int]) -> Any:
+    """The batch of every run of a chunk, every tensor (runs, ...)."""
+
+    def rows(*leaves: Any) -> Any:
+        if not isinstance(leaves[0], Tensor):
+            if any(leaf != leaves[0] for leaf in leaves):
+                raise ValueError(f"the batches of two seeds differ in {leaves[0]!r}: only tensors can, so make it one")
+            return leaves[0]
+        shapes = {tuple(leaf.shape) for leaf in leaves}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"the batches of the seeds have tensors of the shapes {sorted(shapes)}: they must be alike"
+            )
+        of = dict(zip(batch, leaves, strict=True))
+        return torch.stack([of[seed] for seed in seeds])
+
+    return tree.tree_map(rows, *batch.values())
+
+
+def step(program: Program, hyper: dict[str, Tensor], current: Any, batch: Any, shared: bool) -> Any:
+    """The info of one step of all runs of a chunk; it writes to `current`, to save time and memory."""
+    leaves, treedef = tree.flatten(batch)
+
+    def one(hyper: dict[str, Tensor], params: Any, moments: Any, state: Any, leaves: Any) -> Any:
         """One step of one run; if it is not finite, it changes neither the parameters nor their moments."""
-        grads, new_state, info = plan.balancer(hyper).grad(state, params, plan.loss_fn, batch)
+        loss_fn, batch = program.loss_fn(hyper), tree.unflatten(treedef, leaves)
+        grads, new_state, info = program.balancer(hyper).grad(state, params, loss_fn, batch)
         finite = getattr(info, "finite", None)
         if finite is None:  # a balancer that does not say so does not keep its state either
             finite = torch.stack([leaf.isfinite().all() for leaf in tree.flatten(grads)[0]]).all()
             new_state = choose(finite, new_state, state)
-        new = _stepped(plan.optimizer(hyper).update, plan.places, grads, params, moments)
+        new = _stepped(program, hyper, grads, params, moments)
         return *choose(finite, new, (params, moments)), new_state, info
 
-    def step(hyper: dict[str, Tensor], current: Any, batch: Any) -> Any:
-        many: Callable[..., Any] = torch.func.vmap(one, in_dims=(0, 0, 0, 0, None), randomness="different")
-        *new, info = many(hyper, *current, batch)
-        info = tree.tree_map(torch.clone, info)  # the weights in it are those of the state
-        for old, leaf in zip(tree.flatten(current)[0], tree.flatten(tuple(new))[0], strict=True):
-            old.copy_(leaf)
-        return info
-
-    return step
+    dims = None if shared else [0 if isinstance(leaf, Tensor) else None for leaf in leaves]
+    many: Callable[..., Any] = torch.func.vmap(one, in_dims=(0, 0, 0, 0, dims), randomness="different")
+    *new, info = many(hyper, *current, leaves)
+    info = tree.tree_map(torch.clone, info)  # the weights in it are those of the state
+    for old, leaf in zip(tree.flatten(current)[0], tree.flatten(tuple(new))[0], strict=True):
+        old.copy_(leaf)
+    return info
 
 
 def _stepped(
-    update: Callable[..., Any], places: Trained, grads: Any, params: Any, moments: list[Any]
+    program: Program, hyper: dict[str, Tensor], grads: Any, params: Any, moments: list[Any]
 ) -> tuple[Any, list[Any]]:
     """The parameters after a step of their optimizer, and its new moments."""
+    places = program.places
     leaves, treedef = tree.flatten(params)
     rows = zip(places.moved, places.sums(tree.flatten(grads)[0]), moments, strict=True)
-    steps = {i: update(grad, moment, leaves[i]) for i, grad, moment in rows}
+    steps = {}
+    for i, grad, moment in rows:
+        steps[i] = program.optimizer(hyper | {"path": program.paths[i]}).update(grad, moment, leaves[i])
     moved = [
         (leaf + steps[i][0]).to(leaf.dtype) if i in steps else leaf
         for leaf, i in zip(leaves, places.first, strict=True)
@@ -109,11 +152,31 @@ def _stepped(
     return tree.unflatten(treedef, moved), [moment for _, moment in steps.values()]
 
 
-def joined(chunks: list[Runs]) -> tuple[Any, Any, Any]:
-    """(parameters, state, history) of all runs, the history with an axis of steps after that of runs."""
-    ends = [
-        (params, state, tree.tree_map(lambda *rows: torch.stack(rows, 1), *infos))
-        for _, (params, _, state), infos in chunks
-    ]
-    whole: tuple[Any, Any, Any] = ends[0] if len(ends) == 1 else tree.tree_map(lambda *parts: torch.cat(parts), *ends)
+def evaluated(metric: Factory, runs: Runs) -> Any:
+    """The metric of every run of a chunk: a pytree of (runs,)."""
+
+    def one(hyper: dict[str, Tensor], params: Any) -> Any:
+        values = metric(hyper)(params)
+        for value in tree.flatten(values)[0]:
+            if not isinstance(value, Tensor) or value.ndim:
+                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"metric returned {shape}: it must be one scalar for a run, or a pytree of scalars")
+        return values
+
+    many: Callable[..., Any] = torch.func.vmap(one, randomness="different")
+    with torch.no_grad():
+        return tree.tree_map(torch.clone, many(runs.hyper, runs.current[0]))  # it may be a part of the parameters
+
+
+def joined(chunks: list[Runs]) -> tuple[Any, Any, Any, Any]:
+    """(parameters, state, history, metrics) of all runs; the last two with an axis of steps after that of runs."""
+    ends = [(runs.current[0], runs.current[2], _over_time(runs.infos), _over_time(runs.metrics)) for runs in chunks]
+    whole: tuple[Any, Any, Any, Any] = (
+        ends[0] if len(ends) == 1 else tree.tree_map(lambda *parts: torch.cat(parts), *ends)
+    )
     return whole
+
+
+def _over_time(rows: list[Any]) -> Any:
+    """Rows of many runs, (R, ...) each, as (R, steps, ...)."""
+    return tree.tree_map(lambda *leaves: torch.stack(leaves, 1), *rows) if rows else ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar, overload
@@ -15,11 +16,13 @@ from gradnorm_func._balance.gradnorm import gradnorm
 from gradnorm_func._balance.guard import I, S
 from gradnorm_func._balance.protocol import Balancer
 from gradnorm_func._core import tree
-from gradnorm_func._core.compiling import compiled
-from gradnorm_func._core.loss import LossFn, task_names, task_vector
+from gradnorm_func._core.compiling import compiled_once
+from gradnorm_func._core.loss import LossFn
 from gradnorm_func._core.progress import Bar, bar
+from gradnorm_func._core.tasks import task_names, task_vector
 from gradnorm_func._core.trained import Trained
 from gradnorm_func._core.tree import Params
+from gradnorm_func._measure.check import doubts
 from gradnorm_func._measure.plan import split_aux
 from gradnorm_func._tools.interop import write_buffers, write_grads
 
@@ -128,14 +131,13 @@ def train(
     current, stepper = _start(params, optimizer, optimizer_state)  # always up to date, for the stepper works in place
     has_aux = buffers is not None
 
-    def step(state: Any, current: Params, batch: Batch, tasks: Any, update: bool) -> Any:
-        grad: Any = balancer.grad
-        return grad(state, current, loss_fn, batch, mask=tasks, update=update, has_aux=has_aux)
-
-    run = compiled(step) if compile else step
+    program = (balancer, loss_fn, has_aux)
+    run = compiled_once(_step, program, current) if compile else functools.partial(_step, program)
     history: list[Any] = []
     names: list[str] = []
     for batch in (shown := bar(batches, progress, "train")):
+        if not history:
+            first_doubts = doubts(loss_fn, current, batch, None if mask is None else mask(batch), has_aux)
         if state is None or (shown.shown and not names):
             names, arguments = first_look(loss_fn, current, batch, has_aux)
             state = balancer.init(**arguments) if state is None else state
@@ -150,7 +152,7 @@ def train(
                 write_buffers(buffers, aux)
             state = state if update else state._replace(step=state.step + 1)
         if not history:
-            _warn_of_zeros(info)
+            _warn(first_doubts + _of_zeros(info))
         history.append(info)
         _show(shown, names, info)
     if not history:
@@ -159,6 +161,12 @@ def train(
         leaf.grad = None
     stacked = tree.tree_map(lambda *rows: torch.stack(rows), *history)
     return TrainResult(current, state, stacked, stepper.state_dict())
+
+
+def _step(program: Any, state: Any, params: Any, batch: Any, mask: Any, update: bool) -> Any:
+    """The gradients and the next state, in a form that is compiled once for a program."""
+    balancer, loss_fn, has_aux = program
+    return balancer.grad(state, params, loss_fn, batch, mask=mask, update=update, has_aux=has_aux)
 
 
 def _start(params: Params, optimizer: Any, optimizer_state: Mapping[str, Any] | None) -> tuple[Params, Any]:
@@ -203,13 +211,20 @@ def _show(shown: Bar[Any], names: list[str], info: Any) -> None:
         shown.note({name: f"{loss:.3g} x {weight:.3g}" for name, (loss, weight) in rows})
 
 
-def _warn_of_zeros(info: Any) -> None:
+def _of_zeros(info: Any) -> list[str]:
     """A wrong W shows up as gradients of exactly zero, and nothing would be learned from them."""
     norms = getattr(info, "grad_norms", None)
     zero = [] if norms is None else (norms == 0).nonzero().flatten().tolist()
-    if zero:
-        warnings.warn(
+    return (
+        [
             f"the gradients of tasks {zero} (indices in the order of gn.task_names) are exactly zero at W: "
-            "does `where` name parameters that these losses depend on?",
-            stacklevel=3,
-        )
+            "does `where` name parameters that these losses depend on?"
+        ]
+        if zero
+        else []
+    )
+
+
+def _warn(doubts: list[str]) -> None:
+    if doubts:
+        warnings.warn("; ".join(doubts), stacklevel=3)

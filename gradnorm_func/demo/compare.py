@@ -87,7 +87,7 @@ def gradnorm(alpha: float, weight_lr: float) -> Method:
 
     From w = 1 the largest task would have the trunk to itself for the hundreds of steps that the weights need.
     """
-    balancer = gn.gradnorm(alpha=alpha, where=digits.W, log_space=True, optimizer=gn.adam(weight_lr))
+    balancer = gn.gradnorm(alpha=alpha, where=digits.W, form="log", optimizer=gn.adam(weight_lr))
 
     def start(balancer: gn.Balancer[Any, Any], losses: Tensor) -> Any:
         return balancer.init(len(losses), weights=inverse(losses), initial_losses=losses)

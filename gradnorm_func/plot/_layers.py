@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.patches import Rectangle
 
-from gradnorm_func._core.loss import task_names
+from gradnorm_func._core.tasks import task_names
 from gradnorm_func._tools.layers import LayerReport
 from gradnorm_func.plot._draw import make_room, new_axes, plain_numbers
 from gradnorm_func.plot._maps import FRAME, MOST_NUMBERS, cell_texts, colour_bar, number, task_ticks, ticks_of

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from gradnorm_func._core.loss import task_names
+from gradnorm_func._core.tasks import task_names
 
 Array: TypeAlias = npt.NDArray[np.float64]
 

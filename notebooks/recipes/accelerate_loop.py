@@ -27,7 +27,7 @@ for batch in loader:
         stats = gn.measure_losses(losses, copies, num_examples=len(batch["x"]))
         running = gn.merge(running, stats)
         weights = state.weights  # GradNorm's gradient uses the weights from before the step, in all micro-batches
-        accelerator.backward(sum(w * losses[task] for task, w in zip(gn.task_names(losses), weights, strict=True)))
+        accelerator.backward(gn.weighted_sum(losses, weights))
         if accelerator.sync_gradients:
             state, info = balancer.balance(state, gn.all_reduce(running) if many else running)
             running = None

@@ -27,7 +27,7 @@ for batch in batches(rank, ranks):
     share = ranks * n / stats.num_examples
     optimizer.zero_grad()
     # info.weights are those for this step, in the order of task_names, which sorts; state.weights are for the next.
-    (share * sum(w * losses[task] for task, w in zip(gn.task_names(losses), info.weights, strict=True))).backward()
+    (share * gn.weighted_sum(losses, info.weights)).backward()
     if info.finite:
         optimizer.step()
 

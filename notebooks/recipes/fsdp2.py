@@ -26,9 +26,10 @@ for batch in batches(rank, ranks):
     total = torch.tensor(n, dtype=torch.float64)
     dist.all_reduce(total)
     share = ranks * n / total  # FSDP2 takes the mean over ranks, not over examples; 1 for batches of one size
-    weights = state.weights  # GradNorm's gradient uses the weights from before the step
+    # GradNorm's gradient uses the weights from before the step; those of the first are in units of its losses.
+    weights = balancer.weights(state, gn.all_reduce(gn.measure_losses(losses, needs="losses", num_examples=n)))
     optimizer.zero_grad()
-    (share * sum(w * losses[task] for task, w in zip(gn.task_names(losses), weights, strict=True))).backward()
+    (share * gn.weighted_sum(losses, weights)).backward()
     # After backward, with what it was multiplied by, and before balance: the copies have kept their gradients.
     stats = gn.measure_losses(losses, copies, weights=weights, scale=share, num_examples=n)
     state, info = balancer.balance(state, gn.all_reduce(stats))

@@ -35,7 +35,7 @@ class BalancedTrainer(Trainer):
             stats = gn.measure_losses(losses, copies, num_examples=len(inputs["x"]))
             self.balance.running = gn.merge(self.balance.running, stats)
         weights = self.balance.state.weights  # of all the step's micro-batches: they change on_pre_optimizer_step
-        loss = sum(w * losses[task] for task, w in zip(gn.task_names(losses), weights, strict=True))
+        loss = gn.weighted_sum(losses, weights)
         return (loss, losses) if return_outputs else loss
 
 

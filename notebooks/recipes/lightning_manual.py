@@ -31,7 +31,7 @@ class Balanced(lightning.LightningModule):
         losses, copies = self.model(**batch)
         stats = gn.measure_losses(losses, copies, num_examples=len(batch["x"]))  # before Lightning scales any loss
         optimizer.zero_grad()
-        self.manual_backward(sum(w * losses[task] for task, w in zip(gn.task_names(losses), weights, strict=True)))
+        self.manual_backward(gn.weighted_sum(losses, weights))
         stats = gn.all_reduce(stats) if self.trainer.world_size > 1 else stats
         self.balance_state, info = self.balancer.balance(self.balance_state, stats)
         if info.finite:

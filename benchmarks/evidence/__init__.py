@@ -1,0 +1,1 @@
+"""Does balancing help? Every method against equal weights, on equal terms; `python -m benchmarks.evidence --help`."""

@@ -1,0 +1,159 @@
+"""Tasks: their names, their order, and what has one number for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gradnorm_func._core import tree
+from gradnorm_func._core.loss import MultiTaskLoss, StackedHeads
+from gradnorm_func._core.tree import PyTree
+
+# What names the tasks, or has a part for each of them: the loss with its seam, the losses, the heads, a list of names.
+Tasks: TypeAlias = MultiTaskLoss | Mapping[str, Any] | Sequence[Any] | Tensor
+
+
+def task_names(tasks: PyTree) -> list[str]:
+    """Names of the tasks, in the order of every per-task vector of this package.
+
+    Keys of any mapping come sorted (as in JAX and optree); lists, tuples and NamedTuples as they stand.
+
+    Args:
+        tasks: a `multi_task_loss`; a (T,) tensor; a list of names; or a pytree of T leaves: the losses, the dict of
+            heads, or anything of that shape.
+
+    Returns:
+        T dotted paths; the indices "0" ... "T-1" for a tensor.
+
+    Raises:
+        ValueError: for a function, the tasks of which are not known before it is called.
+
+    Example:
+        >>> import gradnorm_func as gn
+        >>> gn.task_names({"seg": 0.0, "depth": 0.0})
+        ['depth', 'seg']
+    """
+    if isinstance(tasks, Tensor):
+        return [str(i) for i in range(tasks.numel())]
+    if isinstance(tasks, MultiTaskLoss) and not isinstance(tasks.heads, StackedHeads):
+        return [str(name) for name in tasks.names or range(len(tasks.functions))]
+    if isinstance(tasks, (list, tuple)) and tasks and all(isinstance(name, str) for name in tasks):
+        return list(tasks)
+    if not isinstance(tasks, (Mapping, list, tuple, torch.nn.Module)) and callable(tasks):
+        raise ValueError(
+            f"the tasks of {getattr(tasks, '__name__', type(tasks).__name__)} are not known before it is called: "
+            "give the losses, loss_fn(params, batch), or a list of names"
+        )
+    return tree.paths(tree.by_key(tasks))
+
+
+def by_name(tasks: PyTree, values: Tensor) -> dict[str, Tensor]:
+    """Numbers of the tasks, each under the name of its task.
+
+    Args:
+        tasks: what `task_names` takes: the `multi_task_loss`, the losses, the heads, a list of names.
+        values: (T, ...) in task order, such as `state.weights` or `info.grad_norms`.
+
+    Returns:
+        dict from name to value, () for values (T,).
+
+    Raises:
+        ValueError: if they are not as many as the tasks.
+
+    Example:
+        >>> import torch, gradnorm_func as gn
+        >>> gn.by_name({"seg": 0.0, "depth": 0.0}, torch.tensor([0.5, 1.5]))
+        {'depth': tensor(0.5000), 'seg': tensor(1.5000)}
+    """
+    names = task_names(tasks)
+    if len(names) != values.shape[0]:
+        raise ValueError(f"values has {values.shape[0]} entries, but there are {len(names)} tasks: {names}")
+    return dict(zip(names, values.unbind(), strict=True))
+
+
+def weighted_sum(losses: PyTree, weights: Any) -> Tensor:
+    r"""The total loss :math:`\sum_i w_i L_i`, each loss with the weight of its own task.
+
+    `zip(losses.values(), weights)` would pair the order in which the dict was written with the sorted one.
+
+    Args:
+        losses: T scalars: a (T,) tensor, or a pytree such as the dict of tasks.
+        weights: (T,) in task order, such as `info.weights`; or a pytree like the losses.
+
+    Returns:
+        () the sum, with the graph of the losses; no gradient flows into the weights.
+
+    Raises:
+        ValueError: if the weights are not as many as the losses, or are given under other names.
+
+    Example:
+        >>> import torch, gradnorm_func as gn
+        >>> gn.weighted_sum({"seg": torch.tensor(1.0), "depth": torch.tensor(10.0)}, torch.tensor([0.5, 2.0]))
+        tensor(7.)
+    """
+    check_named(losses, weights=weights)
+    vector = task_vector(losses)
+    w = task_vector(weights, "weights", vector.dtype).detach().to(vector.device)
+    if w.shape != vector.shape:
+        raise ValueError(wrong_count(vector.shape[0], w.shape[0]))
+    return (w * vector).sum()
+
+
+def check_named(tasks: PyTree, **named: Any) -> None:
+    """Compares the names of what was given by name with those of the tasks; what was not is in task order."""
+    for argument, entries in named.items():
+        if isinstance(entries, Mapping):
+            names, keys = sorted(task_names(tasks)), sorted(task_names(entries))
+            if keys != names:
+                raise ValueError(
+                    f"{argument} has the names {keys}, but the tasks are {names}: give one entry for each task, under "
+                    "its own name"
+                )
+
+
+def task_vector(losses: PyTree, name: str = "losses", dtype: torch.dtype | None = None) -> Tensor:
+    """Losses, or any other per-task numbers, as one (T,) tensor; refuses what is not T scalars.
+
+    `dtype` is for plain numbers alone, which would otherwise lose digits on their way to float64.
+    """
+    losses = tree.by_key(losses)
+    if not isinstance(losses, Tensor) and hasattr(losses, "__array__"):
+        losses = torch.as_tensor(losses, dtype=dtype)
+    if isinstance(losses, Tensor):
+        if losses.ndim == 0:
+            raise ValueError(
+                f"{name} is a single scalar, so there is nothing to balance: "
+                "return one scalar per task (a dict, a list, or a (T,) tensor), not their sum"
+            )
+        if losses.ndim != 1:
+            raise ValueError(f"{name} has shape {tuple(losses.shape)}: reduce it to one scalar per task, shape (T,)")
+        return losses
+    if absent := tree.nones(losses):
+        raise ValueError(
+            f"{name}[{absent[0]!r}] is None: its function returned nothing, so let it return the loss; a task that is "
+            "absent from a batch returns any number, and is left out by mask="
+        )
+    leaves, _ = tree.flatten(losses)
+    tensors = [leaf if isinstance(leaf, Tensor) else torch.as_tensor(leaf, dtype=dtype) for leaf in leaves]
+    for i, leaf in enumerate(tensors):
+        if leaf.ndim != 0:
+            raise ValueError(
+                f"{name}[{tree.paths(losses)[i]!r}] has shape {tuple(leaf.shape)}; a loss is one scalar: take its "
+                "mean() or sum()"
+            )
+    if not tensors:
+        raise ValueError(f"{name} is empty: return one scalar per task")
+    return torch.stack(tensors)
+
+
+def wrong_count(count: int, expected: int) -> str:
+    """What to say when the losses are not as many as the weights."""
+    if count < 2:
+        return f"loss_fn returned {count} loss: there is nothing to balance, return one scalar per task"
+    return (
+        f"loss_fn returned {count} losses, but the state was made for {expected} tasks: "
+        f"init_state({count}) makes one for them; a task absent from some batches is what mask= is for"
+    )

@@ -1,0 +1,132 @@
+"""What reaches what: losses without a gradient, parameters that no loss reads, a W that one task reads alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradnorm_func._core import tree
+from gradnorm_func._core.numerics import asked
+from gradnorm_func._core.tasks import task_names
+from gradnorm_func._core.tracing import free_to_ask
+from gradnorm_func._measure.plan import Plan, split_aux
+from gradnorm_func._measure.tape import leaves_of, nodes
+
+CLOSED_OVER = (
+    "does loss_fn close over a module? Write call = gn.functional(module, prefix), and in the loss call(params, x)"
+)
+
+
+class Reach(NamedTuple):
+    """Which losses read which leaves of params."""
+
+    tasks: list[str]
+    reads: list[set[int]]  # of each task, the indices of the leaves
+    dead: list[str]  # tasks whose loss is in no graph
+    others: set[torch.Size]  # shapes of the parameters of modules that they read beside params
+
+
+def reach_of(plan: Plan) -> Reach:
+    """From the autograd graph of the losses, which are run once more."""
+    leaves = leaves_of(plan.leaves)
+    with _same_random_numbers(leaves), torch.enable_grad():
+        losses, _ = split_aux(plan.loss_fn(plan.params(leaves), plan.batch), plan.has_aux)
+    tasks, roots = task_names(losses), _roots(losses)
+    reads, others = zip(*(_ends(root, leaves) for root in roots), strict=True)
+    dead = [task for task, root in zip(tasks, roots, strict=True) if root is None]
+    return Reach(tasks, list(reads), dead, set().union(*others))
+
+
+def ends_of(plan: Plan, part: Callable[[list[Tensor]], list[Tensor]]) -> set[int]:
+    """Indices of the leaves of params that a part of the loss reads."""
+    leaves = leaves_of(plan.leaves)
+    with _same_random_numbers(leaves), torch.enable_grad():
+        outputs = part(leaves)
+    return set().union(*(_ends(_node(out), leaves)[0] for out in outputs))
+
+
+def _ends(root: Any, leaves: list[Tensor]) -> tuple[set[int], set[torch.Size]]:
+    """Where the graph below a node ends: indices of leaves, and shapes of other parameters."""
+    index = {id(leaf): i for i, leaf in enumerate(leaves)}
+    ends = [node.variable for node in nodes([root]) if hasattr(node, "variable")]
+    others = {end.shape for end in ends if id(end) not in index and isinstance(end, torch.nn.Parameter)}
+    return {index[id(end)] for end in ends if id(end) in index}, others
+
+
+def _roots(losses: Any) -> list[Any]:
+    """The node of each loss in the graph; None for a loss without one."""
+    if isinstance(losses, Tensor):
+        if losses.grad_fn is not None and losses.grad_fn.name().startswith("StackBackward"):
+            return [node for node, _ in losses.grad_fn.next_functions]
+        return [_node(losses)] * losses.numel()
+    terms = tree.flatten(tree.by_key(losses))[0]
+    return [_node(term) if isinstance(term, Tensor) else None for term in terms]
+
+
+def _node(x: Tensor) -> Any:
+    return torch.autograd.graph.get_gradient_edge(x).node if x.requires_grad else None
+
+
+def _same_random_numbers(leaves: list[Tensor]) -> AbstractContextManager[None]:
+    """Whoever draws after this draws what he would have drawn without it."""
+    return torch.random.fork_rng({x.device for x in leaves if x.is_cuda})
+
+
+def require_tensors(plan: Plan, losses: Any) -> None:
+    """Refuses a loss that is a number and has no gradient, unless its task is absent."""
+    if not plan.whole_step or isinstance(losses, Tensor) or (plan.active is not None and not free_to_ask(plan.active)):
+        return
+    terms = tree.flatten(tree.by_key(losses))[0]
+    numbers = [
+        f"{task_names(losses)[i]!r} ({type(term).__name__})"
+        for i, term in enumerate(terms)
+        if not isinstance(term, Tensor) and (plan.active is None or bool(plan.active[i]))
+    ]
+    if numbers:
+        raise ValueError(
+            f"losses without a gradient: {', '.join(numbers)}. Was it taken out of the graph by .item() or float()? "
+            "Return the 0-d tensor itself; a task that is absent from this batch is left out by mask="
+        )
+
+
+def require_reached(plan: Plan, reached: bool) -> None:
+    """Refuses a step in which autograd knows that no loss depends on any parameter."""
+    if plan.whole_step and not reached:
+        raise ValueError(f"no loss depends on any of params: {CLOSED_OVER}")
+
+
+def require_shared(plan: Plan, norms: Tensor, step: Tensor) -> None:
+    """Refuses, in a first step, a W that one task reads alone. Zeros are no proof: a head may start at zero, so that
+    where they show the graph is asked."""
+    if plan.by_path and asked(step, lambda step: step == 0) and asked(norms, lambda norms: (norms > 0).sum() == 1):
+        private = private_where(plan, reach_of(plan))
+        if private:
+            raise ValueError(private)
+
+
+def private_where(plan: Plan, reach: Reach) -> str:
+    """What to say if at most one task reads W; nothing if more do, or no more have a gradient at all."""
+    where = set(plan.where or [])
+    alive = [i for i, reads in enumerate(reach.reads) if reads]
+    readers = [reach.tasks[i] for i in alive if reach.reads[i] & where]
+    if not plan.by_path or len(alive) < 2 or len(readers) > 1:
+        return ""
+    paths = [path for i, path in enumerate(tree.paths(plan.params(plan.leaves))) if i in where]
+    who = f"only the task {readers[0]!r} reads it" if readers else "no task reads it"
+    return (
+        f"where={paths[0] if len(paths) == 1 else paths!r} is no W: {who}, and norms there are exactly 0 otherwise; "
+        "give the path of the last layer that all tasks share, or None for the default"
+    )
+
+
+def twice_message(path: str) -> str:
+    """What to say of a layer that the backbone applies too."""
+    return (
+        f"the backbone reads {path!r} itself, and last_shared=gn.shared_linear({path!r}, ...) applies it once more, so "
+        "that norms there miss a part: let the backbone end before this layer, or, if the layer is meant to run twice, "
+        "give last_shared as a function (params, h) -> z"
+    )
