@@ -143,7 +143,8 @@ def test_the_functions_take_it_too():
     torch.testing.assert_close(grads, expected[0], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(new, expected[1], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(gn.gradnorm_update(*args, **keywords), new, rtol=1e-10, atol=1e-12)
-    assert [float(stats.num_examples) for stats in seen] == [8.0, 8.0]
+    # The losses of tasks that are seen for the first time; then their gradients; and then `gradnorm_update`.
+    assert [float(stats.num_examples) for stats in seen] == [8.0, 8.0, 8.0]
     with pytest.raises(ValueError, match="reduce returned NoneType"):
         gn.gradnorm_grad(*args, reduce=lambda stats: None)
 

@@ -382,7 +382,7 @@ def test_zero_losses():
 
 
 def test_zero_norms_are_reported_and_harmless():
-    state, info = gn.gradnorm_balance(fresh(), stats([1.0, 2.0, 3.0], [0.0, 0.0, 0.0]))
+    state, info = gn.gradnorm_balance(fresh(), stats([1.0, 2.0, 3.0], [0.0, 0.0, 0.0]), form="paper")
     assert info.finite
     assert torch.equal(info.grad_norms, torch.zeros(3, dtype=F64))
     assert torch.equal(state.weights, torch.ones(3, dtype=F64))
@@ -463,7 +463,7 @@ def test_messages_of_measure_losses():
 
 
 def test_the_loss_itself_names_the_tasks():
-    _, _, info = gn.gradnorm_grad(fresh(), P, SEAM, B)
+    _, _, info = gn.gradnorm_grad(fresh(), P, SEAM, B, form="paper")
     assert gn.task_names(SEAM) == ["t0", "t1", "t2"]
     assert gn.log_dict(info, SEAM)["weights/t1"] == 1
     assert gn.by_name(SEAM, info.losses)["t2"] == info.losses[2]

@@ -156,6 +156,13 @@ def test_rotograd_digits_prints_its_table(capsys):
     assert out.count("mean cosine") == 2
 
 
+def test_methods_prints_its_tables(capsys):
+    load("methods").main(["--quick", "--no-compile", "--seconds", "0", "--methods", "aligned", "upgrad"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| aligned", "| upgrad"))]
+    assert len(rows) == 4
+    assert all(re.search(r"\d\.\d\d", row) for row in rows)
+
+
 @pytest.mark.parametrize("name", ["pinn", "gradinit_training", "rotograd_digits"])
 def test_a_wrong_number_is_refused(name, capsys):
     with pytest.raises(SystemExit):

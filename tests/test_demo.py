@@ -14,7 +14,7 @@ from gradnorm_func.demo.__main__ import main
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
-from gradnorm_func.demo import compare, digits, figure, toy
+from gradnorm_func.demo import compare, digits, toy
 
 
 def is_png(path) -> bool:
@@ -149,11 +149,6 @@ def test_change_and_verdict_follow_the_numbers():
     assert said.startswith("Best overall: equal weights")
     assert "GradNorm: 10.0 points behind" in said
     assert "GradNorm is worse than equal weights at: left digit" in said
-
-
-def test_smooth_is_a_running_mean():
-    values = torch.arange(6.0)
-    assert figure.smooth(values, 3).tolist() == [0, 0.5, 1, 2, 3, 4]
 
 
 def test_toy_is_the_function_of_the_paper():

@@ -24,10 +24,11 @@ def of(losses, norms):
 
 
 def start(num_tasks=2, optimizer=None, **options):
-    return gn.init_state(num_tasks, optimizer=optimizer or gn.sgd(0.1), dtype=F64, **options)
+    return gn.init_state(num_tasks, optimizer=optimizer or gn.sgd(0.1), dtype=F64, form="paper", **options)
 
 
 def step(state, losses, norms, optimizer=None, **options):
+    options = {"form": "paper", "alpha": 1.5, **options}
     return gn.gradnorm_balance(state, of(losses, norms), optimizer=optimizer or gn.sgd(0.1), **options)
 
 
@@ -80,7 +81,7 @@ def test_two_hundred_steps_equal_algorithm_1(alpha, optimizer, engine):
     state = gn.init_state(3, optimizer=ours, dtype=F64)
     for t, (weights, theta) in enumerate(trajectory):
         grads, state, info = gn.gradnorm_grad(
-            state, params, loss_fn, make_batch(t % 5), where=problem.where, alpha=alpha, optimizer=ours
+            state, params, loss_fn, make_batch(t % 5), where=problem.where, alpha=alpha, optimizer=ours, form="paper"
         )
         params = {name: leaf - MODEL_RATE * grads[name] for name, leaf in params.items()}
         assert info.finite
@@ -317,7 +318,7 @@ def test_a_masked_step_of_the_model_uses_the_present_losses_alone():
     for loss_fn in (problem.general, problem.seam):
         state = gn.init_state(3, weights=[0.5, 1.5, 1.0], dtype=F64)
         grads, new, info = gn.gradnorm_grad(
-            state, problem.params, loss_fn, problem.batch, where=problem.where, mask=[False, True, True]
+            state, problem.params, loss_fn, problem.batch, where=problem.where, mask=[False, True, True], form="paper"
         )
         theta = {name: leaf.clone().requires_grad_() for name, leaf in problem.params.items()}
         losses = problem.general(theta, problem.batch)
@@ -331,7 +332,7 @@ def test_a_masked_step_of_the_model_uses_the_present_losses_alone():
 @pytest.mark.parametrize("update", [False, torch.tensor(False)])
 def test_update_false_freezes_the_state_and_still_reports(update):
     problem = make_problem()
-    balancer = gn.gradnorm(where=problem.where)
+    balancer = gn.gradnorm(where=problem.where, form="paper")
     state = balancer.init(3, dtype=F64, weights=[1.0, 2.0, 3.0])
     grads, new, info = balancer.grad(state, problem.params, problem.seam, problem.batch, update=update)
     assert same_bits(new, state)

@@ -485,7 +485,7 @@ def test_without_a_loss_scale_they_are_exactly_zero():
         with autocast(F16):
             lost = gn.task_grad_norms(loss_fn, params, batch, where=where)
             state, info = gn.gradnorm_grad(
-                gn.init_state(TASKS), params, loss_fn, batch, where=where, loss_scale=2.0**24
+                gn.init_state(TASKS), params, loss_fn, batch, where=where, loss_scale=2.0**24, form="paper"
             )[1:]
         assert torch.equal(lost, torch.zeros(TASKS))
         assert gap(info.grad_norms, exact) < 3e-3
@@ -548,7 +548,7 @@ def test_a_loop_with_grad_scaler_recovers(kind):
         before, held = scaler.get_scale(), [p.detach().clone() for p in model.parameters()]
         with autocast(F16):
             grads, new, info, _ = gn.gradnorm_grad(
-                state, params(), loss_fn, batch, where="last", alpha=0.5, has_aux=True, loss_scale=scale
+                state, params(), loss_fn, batch, where="last", alpha=0.5, form="paper", has_aux=True, loss_scale=scale
             )
         for name, grad in grads.items():
             model[name.replace(".", "_")].grad = grad

@@ -37,7 +37,7 @@ def test_every_mapping_is_sorted(kind):
     state = gn.init_state(tensors, weights=weights, dtype=F64)
     assert state.weights.tolist() == [1.0, 0.1, 10.0]
     mask = kind({"seg": True, "depth": False, "normals": True})
-    grads, _, info = gn.gradnorm().grad(state, w, loss_fn_of(kind), None, mask=mask)
+    grads, _, info = gn.gradnorm(form="paper").grad(state, w, loss_fn_of(kind), None, mask=mask)
     assert info.losses.tolist() == [60.0, 1000.0, 4.0]
     assert info.total_loss == pytest.approx(0.1 * 1000 + 10 * 4)
     torch.testing.assert_close(grads, 2 * w * (0.1 * 500 + 10 * 2))
@@ -57,6 +57,15 @@ def test_every_mapping_is_sorted(kind):
     assert gn.task_names(seam) == NAMES
 
 
+def test_a_dict_of_heads_as_modules_names_the_tasks():
+    heads = nn.ModuleDict({name: nn.Linear(2, 1) for name in LOSSES})
+    assert gn.task_names(heads) == NAMES
+    state = gn.gradnorm().init(heads, weights={"seg": 3.0, "depth": 1.0, "normals": 2.0})
+    assert gn.by_name(heads, state.weights) == {"depth": 1, "normals": 2, "seg": 3}
+    with pytest.raises(ValueError, match=r"'trunk'"):
+        gn.gradnorm().init(heads, weights={"seg": 3.0, "depth": 1.0, "trunk": 2.0})
+
+
 def test_parameters_keep_their_type_and_order():
     """A state_dict is an OrderedDict in the order of the modules; its gradients are, too."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
@@ -74,7 +83,7 @@ def test_the_weighted_sum_is_that_of_the_step():
     """`zip(losses.values(), weights)` pairs the order of writing with the sorted one, and a weight ran to 1e-8."""
     w = torch.tensor([1.0, 2.0], dtype=F64, requires_grad=True)
     state = gn.init_state(3, weights=[0.5, 0.1, 2.4], dtype=F64)
-    grads, _, info = gn.gradnorm_grad(state, w, loss_fn_of(dict), None)
+    grads, _, info = gn.gradnorm_grad(state, w, loss_fn_of(dict), None, form="paper")
     total = gn.weighted_sum(loss_fn_of(dict)(w, None), state.weights)
     (expected,) = torch.autograd.grad(total, w)
     assert expected.norm() > 0

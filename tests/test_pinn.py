@@ -285,7 +285,7 @@ def test_classic_residual_within_a_loss(loss: Any, form: str, where: Any) -> Non
         }[form]()
     state = gn.init_state(3, weights=WEIGHTS, **D)
     before = [leaf.detach().clone() for leaf in leaves(params, batch)]
-    grads, new, info = gn.gradnorm_grad(state, params, loss_fn, batch, where=where)
+    grads, new, info = gn.gradnorm_grad(state, params, loss_fn, batch, where=where, form="paper")
     assert same_bits(before, leaves(params, batch))
     assert batch["inside"].grad is None
     assert not any(leaf.requires_grad for leaf in leaves(grads, new, info))
@@ -317,7 +317,7 @@ def test_classic_residual_by_way_of_its_own_norms() -> None:
     state = classic_state = gn.init_state(3, optimizer=optimizer, **D)
     loss_fn = loss_of("grad of grad")
     for _ in range(10):
-        grads, state, _ = gn.gradnorm_grad(state, params, loss_fn, batch, alpha=0.5, optimizer=optimizer)
+        grads, state, _ = gn.gradnorm_grad(state, params, loss_fn, batch, alpha=0.5, optimizer=optimizer, form="paper")
         params = {name: leaf - 1e-3 * grads[name] for name, leaf in params.items()}
 
         losses, leaves_ = classic_losses(theta, batch), list(theta.values())
@@ -325,7 +325,7 @@ def test_classic_residual_by_way_of_its_own_norms() -> None:
         norms = {name: torch.cat([g.flatten() for g in row]).norm() for name, row in rows.items()}
         w = dict(zip(gn.task_names(losses), classic_state.weights, strict=True))
         classic_state, _ = gn.gradnorm_balance(
-            classic_state, gn.TaskStats(losses, norms), alpha=0.5, optimizer=optimizer
+            classic_state, gn.TaskStats(losses, norms), alpha=0.5, optimizer=optimizer, form="paper"
         )
         with torch.no_grad():
             for i, leaf in enumerate(leaves_):

@@ -160,7 +160,7 @@ def test_equal_to_a_loop(part, engine):
     loss_fn = this.losses[form]
     state = gn.init_state(3, weights=WEIGHTS, dtype=F64)
     before = snapshot((this.params, this.batch))
-    grads, new, info = gn.gradnorm_grad(state, this.params, loss_fn, this.batch, where=where)
+    grads, new, info = gn.gradnorm_grad(state, this.params, loss_fn, this.batch, where=where, form="paper")
     assert_untouched(before)
     assert_free((grads, new, info))
     assert all(leaf.grad is None for leaf in leaves(this.params))
@@ -170,7 +170,7 @@ def test_equal_to_a_loop(part, engine):
     assert_near(info.grad_norms, expected, f"{part}, {engine}")
     assert_same_sum(leaves(grads), total, f"{part}, {engine}")
     assert info.finite
-    again = gn.gradnorm_update(state, this.params, loss_fn, this.batch, where=where)
+    again = gn.gradnorm_update(state, this.params, loss_fn, this.batch, where=where, form="paper")
     torch.testing.assert_close(again, new, rtol=1e-12, atol=0)
 
 
@@ -237,7 +237,7 @@ def test_a_parameter_that_is_read_only_sometimes(engine):
         this = SimpleNamespace(
             params=params, batch=sign * torch.rand(BATCH, WIDTH, dtype=F64), backbone=backbone, heads=heads
         )
-        grads, _, info = gn.gradnorm_grad(state, params, loss_fn, this.batch, where=where)
+        grads, _, info = gn.gradnorm_grad(state, params, loss_fn, this.batch, where=where, form="paper")
         rows, total = rows_at(this, "z" if engine == "z" else where)
         assert_near(info.grad_norms, torch.stack([norm(row) for row in rows.values()]))
         assert_same_sum(leaves(grads), total)
@@ -293,7 +293,9 @@ def test_a_loss_that_a_task_does_not_reach():
         (gn.multi_task_loss(None, separable), None),
         (lambda p, x: this.losses["general"](p, x) | {"c": constant()}, None),
     ):
-        grads, _, info = gn.gradnorm_grad(gn.init_state(3, dtype=F64), this.params, loss_fn, this.batch, where=where)
+        grads, _, info = gn.gradnorm_grad(
+            gn.init_state(3, dtype=F64), this.params, loss_fn, this.batch, where=where, form="paper"
+        )
         assert info.grad_norms[2] == 0
         assert (info.grad_norms[:2] > 0).all()
         theta = torch.utils._pytree.tree_map(lambda leaf: leaf.clone().requires_grad_(), this.params)

@@ -10,8 +10,9 @@ from torch import Tensor
 from gradnorm_func._core.tracing import free_to_ask
 
 ROUNDS = 16  # of guesses of the set of the w_i that are not 0, before the sure way
-ITERATIONS, MORE = 24, 40  # of the sure way; and where b is not known
-SOLVED = 1e-18  # mean of w_i s_i: further steps would follow rounding, to anywhere among minimisers that are not unique
+ITERATIONS, MORE = 30, 40  # of the sure way; and where b is not known
+SOLVED = 1e-22  # mean of w_i s_i: further steps would follow rounding, to anywhere among minimisers that are not unique
+POLISHES = 3  # steps of Newton's in the set that was found, where they help
 DAMPING = 1e-12  # of directions in which A is flat
 ROUNDING = 1e-14  # what a slope of 0 may look like
 
@@ -33,14 +34,16 @@ def nnls(matrix: Tensor, right: Tensor) -> Tensor:
         if settled:
             return w
     w, s = interior(matrix, right)
-    positive = w > s
-    rough = torch.where(positive, w, 0.0)
-    better = rough + inverse_on(matrix, positive)(right - times(matrix, rough))
+    w = torch.where(w > s, w, 0.0)
 
     def error(w: Tensor) -> Tensor:
         return torch.minimum(w, times(matrix, w) - right).abs().amax(-1, keepdim=True)
 
-    return torch.where(error(better) < error(rough), better.clamp(min=0), rough)
+    for _ in range(POLISHES):
+        s = times(matrix, w) - right
+        better = (w - inverse_on(matrix, w > s)(s)).clamp(min=0)
+        w = torch.where(error(better) < error(w), better, w)
+    return w
 
 
 def times(matrix: Tensor, w: Tensor) -> Tensor:

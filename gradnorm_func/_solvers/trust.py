@@ -60,9 +60,12 @@ def _many(units: Units, mean: Tensor, c: Tensor) -> Tensor:
     slope = units.cosines @ mean
     alone = ((slope + c) / a).masked_fill(~units.real, torch.inf).min()  # t if d had to serve one task only
     if free_to_ask(mean):
-        y, settled = _by_signs(units, a, slope, c, alone)
-        if settled:
-            return y
+        positive = (alone * a > slope) & units.real
+        for _ in range(ROUNDS):
+            y, s, solved = _guess(units, a, slope, c, positive)
+            before, positive = positive, (torch.where(positive, y, -s) > ROUNDING) & units.real
+            if torch.equal(positive, before) and bool(solved):
+                return y.clamp(min=0)
 
     def bound(y: Tensor) -> Tensor:
         y = y * units.real
@@ -70,28 +73,24 @@ def _many(units: Units, mean: Tensor, c: Tensor) -> Tensor:
         return value / (a @ y).clamp(min=TINY) * a - slope
 
     y, s = interior(units.cosines, alone * a - slope, bound)
-    return torch.where(y > s, y, 0.0)
+    better, slopes, solved = _guess(units, a, slope, c, (y > s) & units.real)
+    nearer = torch.minimum(better, slopes).abs().max() < torch.minimum(y, s).abs().max()
+    return torch.where(solved & nearer, better.clamp(min=0), torch.where(y > s, y, 0.0))
 
 
-def _by_signs(units: Units, a: Tensor, slope: Tensor, c: Tensor, alone: Tensor) -> tuple[Tensor, bool]:
-    r"""As in `nnls`: y by guessing the set of the positive ones, and whether it is the solution.
+def _guess(units: Units, a: Tensor, slope: Tensor, c: Tensor, positive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""y if these were the positive ones, its slopes s, and whether there is one.
 
     Scaled to :math:`y^\top C y = c^2` it solves :math:`C y = t a - C m` in that set. t is the larger root of that
     quadratic equation.
     """
-    positive = (alone * a > slope) & units.real
-    for _ in range(ROUNDS):
-        solve = inverse_on(units.cosines, positive)
-        sides = torch.stack([a, slope])
-        both = solve(sides)
-        p, q = (both + solve(sides - both @ units.cosines)).unbind()  # once more, for the damping
-        square, half, rest = a @ p, a @ q, slope @ q - c * c
-        root = half * half - square * rest
-        t = (half + root.clamp(min=0).sqrt()) / square
-        y = t * p - q
-        s = units.cosines @ y - t * a + slope
-        other = (torch.where(positive, y, -s) > ROUNDING) & units.real
-        if torch.equal(other, positive):
-            return y.clamp(min=0), bool(s.isfinite().all() & (root >= 0))
-        positive = other
-    return y, False
+    solve = inverse_on(units.cosines, positive)
+    sides = torch.stack([a, slope])
+    both = solve(sides)
+    p, q = (both + solve(sides - both @ units.cosines)).unbind()  # once more, for the damping
+    square, half, rest = a @ p, a @ q, slope @ q - c * c
+    root = half * half - square * rest
+    t = (half + root.clamp(min=0).sqrt()) / square
+    y = t * p - q
+    s = units.cosines @ y - t * a + slope
+    return y, s, (root >= 0) & (s * 0 == 0).all()

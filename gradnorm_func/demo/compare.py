@@ -257,6 +257,7 @@ def main(options: Any) -> None:
     print(verdict(results))
     if len(seeds) > 1:
         print(f"± is the standard deviation over {len(seeds)} seeds.")
-    names = [digits.METRICS[task][0] for task in ORDER]
+    names = {task: name for task, (name, _) in digits.METRICS.items()}
+    errors = {result.method.name: result.errors for result in results}
     shown = {result.method.name: result.history for result in results if result.method.name != STATIC}
-    figure.digits(options.out, shown, names, seed=seeds[0])
+    figure.digits(options.out, errors, shown, names, seed=seeds[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
@@ -9,21 +10,14 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 
-from gradnorm_func._tools.palette import COLOURS, DASHES
-from gradnorm_func.plot._courses import STEP
-from gradnorm_func.plot._draw import (
-    cell_texts,
-    curves,
-    last_finite,
-    name_ends,
-    new_axes,
-    task_ticks,
-    ticks_of,
-    tidy,
-)
+from gradnorm_func.plot._draw import curves, make_room, new_axes, tidy
+from gradnorm_func.plot._maps import MOST_NUMBERS, cell_texts, colour_bar, task_ticks, ticks_of
+from gradnorm_func.plot._names import End, last_finite, name_ends
 from gradnorm_func.plot._read import Array, field, labels, quantiles, running_mean
+from gradnorm_func.plot._steps import STEP, binned, set_steps, steps_of
+from gradnorm_func.plot._theme import Look, font, grey, ink, line_width, look
 
-MOST_NUMBERS = 12  # tasks, up to which the cells hold their numbers
+MOST_PAIRS = 8  # up to which each pair has a curve
 
 
 def conflicts(cosines: Any, ax: Axes | None = None, *, names: Any = None) -> Axes:
@@ -53,22 +47,33 @@ def conflicts(cosines: Any, ax: Axes | None = None, *, names: Any = None) -> Axe
     count = len(values)
     tasks = labels(names, count)
     ax = new_axes(ax, (5.6, 4.6))
-    shades = matplotlib.colormaps["RdBu"].with_extremes(bad="0.85")
+    make_room(ax)
+    shades = matplotlib.colormaps["RdBu"].with_extremes(bad=grey(ax, 0.2))
     image = ax.imshow(np.where(np.eye(count, dtype=bool), np.nan, values), cmap=shades, vmin=-1, vmax=1)
+    ax.grid(False)
     ax.set_yticks(*ticks_of(tasks))
-    ax.tick_params(axis="y", length=0, labelsize=9 if count <= MOST_NUMBERS else 7)
-    task_ticks(ax, tasks, count > MOST_NUMBERS)
-    if count <= MOST_NUMBERS:
+    many = count > MOST_NUMBERS
+    ax.tick_params(axis="y", length=0, labelsize=font(0.7 if many else 0.9))
+    task_ticks(ax, tasks, many)
+    if not many:
         texts = [
             ["" if i == j or np.isnan(c) else f"{round(c, 2) + 0.0:.2f}" for j, c in enumerate(row)]
             for i, row in enumerate(values)
         ]
         cell_texts(ax, image, values, texts)
-    ax.figure.colorbar(image, ax=ax, label="cosine of the task gradients", ticks=[-1, -0.5, 0, 0.5, 1])
+    colour_bar(ax, image, "cosine of the task gradients", [-1, -0.5, 0, 0.5, 1])
     return ax
 
 
-def conflict_course(history: Any, ax: Axes | None = None, *, names: Any = None, smooth: int = 1) -> Axes:
+def conflict_course(
+    history: Any,
+    ax: Axes | None = None,
+    *,
+    names: Any = None,
+    smooth: int = 1,
+    steps: Sequence[float] | None = None,
+    log_x: bool = False,
+) -> Axes:
     """The cosines between the task gradients over training; below 0, two tasks pull against each other.
 
     Args:
@@ -76,7 +81,7 @@ def conflict_course(history: Any, ax: Axes | None = None, *, names: Any = None, 
             steps, stacked.
         ax: the axis to draw into; None makes one.
         names: the T tasks' names.
-        smooth: mean of that many steps.
+        smooth, steps, log_x: as in `weights`.
 
     Returns:
         The axis. More than 8 pairs are summed up: their median, middle half and range, and the two pairs that are on
@@ -100,27 +105,31 @@ def conflict_course(history: Any, ax: Axes | None = None, *, names: Any = None, 
         raise ValueError("cosines of one task alone: there is no pair to draw")
     of_pairs = running_mean(np.stack([values[:, i, j] for i, j in pairs], 1), smooth)
     texts = [f"{tasks[i]} / {tasks[j]}" for i, j in pairs]
+    x = steps_of(steps, len(values), log_x)
     ax = new_axes(ax)
-    tidy(ax, x=STEP if smooth == 1 else f"{STEP} (mean of {smooth})", y="cosine of the task gradients")
-    if len(pairs) <= len(COLOURS):
-        curves(ax, of_pairs, texts, centre=0.0)
+    y = "cosine of the task gradients"
+    if len(pairs) <= MOST_PAIRS:
+        curves(ax, of_pairs, texts, y, steps=steps, log_x=log_x, smooth=smooth, centre=0.0)
         return ax
-    ax.axhline(0.0, color="0.5", linewidth=0.8, zorder=0)
-    x = np.arange(len(values))
+    tidy(ax, x=STEP if smooth == 1 else f"{STEP} (mean of {smooth})", y=y)
+    set_steps(ax, log_x)
+    ax.axhline(0.0, color=grey(ax), linewidth=0.8, zorder=0)
     low, lower, middle, upper, high = quantiles(of_pairs.T)
-    ax.fill_between(x, low, high, color="0.5", alpha=0.18, linewidth=0, label="all pairs")
-    ax.fill_between(x, lower, upper, color="0.5", alpha=0.35, linewidth=0, label="half of the pairs")
+    outer, inner = binned(x, middle, log_x, low, high), binned(x, middle, log_x, lower, upper)
+    ax.fill_between(outer.x, outer.low, outer.high, color=grey(ax), alpha=0.18, linewidth=0, label="all pairs")
+    ax.fill_between(inner.x, inner.low, inner.high, color=grey(ax), alpha=0.35, linewidth=0, label="half of the pairs")
     count = np.isfinite(of_pairs).sum(0)
     means = np.where(count > 0, np.nansum(of_pairs, 0) / np.maximum(count, 1), np.nan)
-    ends = int(np.nanargmax(means)), int(np.nanargmin(means))
-    chosen = [(texts[k], of_pairs[:, k]) for k in ends]
-    tags = []
-    looks = zip(("#000000", "#0072B2", "#D55E00"), DASHES[:3], strict=True)
-    for (text, curve), (colour, dash) in zip([("median", middle), *chosen], looks, strict=True):
-        marker = "o" if len(x) == 1 else None
-        ax.plot(x, curve, color=colour, linestyle=dash, linewidth=1.6, label=text, marker=marker, markersize=4)
-        tags.append((text, last_finite(x, curve), colour))
-    name_ends(ax, tags, (0.0, len(x) - 1.0), f"grey: all {len(pairs)} pairs, darker: half of them")
+    chosen = {texts[k]: of_pairs[:, k] for k in (int(np.nanargmax(means)), int(np.nanargmin(means)))}
+    looks = Look(ink(ax), "-", "o"), look(0), look(3)
+    ends = []
+    for (text, curve), (colour, dash, marker) in zip(({"median": middle} | chosen).items(), looks, strict=False):
+        drawn = binned(x, curve, log_x)
+        alone = marker if len(x) == 1 else None
+        style: dict[str, Any] = {"color": colour, "linestyle": dash, "linewidth": line_width(), "marker": alone}
+        ax.plot(drawn.x, drawn.middle, **style, markersize=4, label=text)
+        ends.append(End(text, last_finite(drawn.x, drawn.middle), Look(colour, dash, marker)))
+    name_ends(ax, ends, (float(x[0]), float(x[-1])), f"grey: all {len(pairs)} pairs, darker: half of them")
     return ax
 
 

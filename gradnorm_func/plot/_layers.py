@@ -13,10 +13,11 @@ from matplotlib.patches import Rectangle
 
 from gradnorm_func._core.tasks import task_names
 from gradnorm_func._tools.layers import LayerReport
-from gradnorm_func.plot._draw import cell_texts, new_axes, number, plain_numbers, task_ticks, ticks_of
+from gradnorm_func.plot._draw import make_room, new_axes, plain_numbers
+from gradnorm_func.plot._maps import FRAME, MOST_NUMBERS, cell_texts, colour_bar, number, task_ticks, ticks_of
+from gradnorm_func.plot._names import short_names
 from gradnorm_func.plot._read import array, labels
-
-MOST_NUMBERS = 12  # layers and tasks, up to which the cells hold their numbers
+from gradnorm_func.plot._theme import font
 
 
 def layers(report: Any, ax: Axes | None = None, *, names: Any = None, layer_names: Sequence[str] | None = None) -> Axes:
@@ -64,24 +65,27 @@ def layers(report: Any, ax: Axes | None = None, *, names: Any = None, layer_name
         raise ValueError("report holds no positive norm, so there is nothing to draw")
 
     ax = new_axes(ax, (min(2.6 + 0.75 * len(tasks), 12), min(1.8 + 0.34 * len(rows), 12)))
-    shades = matplotlib.colormaps["cividis"].with_extremes(bad="white")
+    make_room(ax)
+    shades = matplotlib.colormaps["cividis"].with_extremes(bad=(0, 0, 0, 0))
     low, high = float(positive.min()), float(positive.max())
     low = low if low < high else low / 2
     image = ax.imshow(np.where(values > 0, values, np.nan), cmap=shades, norm=LogNorm(low, high), aspect="auto")
+    ax.grid(False)
     where, texts = ticks_of(rows, most=45)
     ax.set_yticks(where, texts)
     wide = len(tasks) > MOST_NUMBERS
     task_ticks(ax, tasks, wide)
-    ax.tick_params(axis="y", length=0, labelsize=7 if len(rows) > 30 else 9)
+    ax.tick_params(axis="y", length=0, labelsize=font(0.7 if len(rows) > 30 else 0.9))
     if not wide and len(rows) <= 2 * MOST_NUMBERS:
         cell_texts(ax, image, values, [[number(value) if value > 0 else "" for value in row] for row in values])
     reached = np.flatnonzero((values > 0).all(1))
     if len(reached):
         shared = int(reached[-1])
         corner = (-0.5, shared - 0.5)
-        ax.add_patch(Rectangle(corner, len(tasks), 1, fill=False, edgecolor="#D55E00", linewidth=2.5, clip_on=False))
-        ax.set_xlabel(f"framed: {rows[shared]}, the last layer that every task reaches", color="#A04000")
-    bar = ax.figure.colorbar(image, ax=ax, label=r"$\|\nabla_\theta L_i\|$ at the layer")
+        ax.add_patch(Rectangle(corner, len(tasks), 1, fill=False, edgecolor=FRAME, linewidth=2.5, clip_on=False))
+        rows = short_names(rows)
+        ax.set_xlabel(f"framed: {rows[shared]},\nthe last layer that all tasks reach")
+    bar = colour_bar(ax, image, r"$\|\nabla_\theta L_i\|$ at the layer")
     plain_numbers(bar.ax.yaxis, low, high)
     bar.ax.minorticks_off()
     return ax

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from textwrap import fill
 from typing import Any
 
@@ -10,17 +11,26 @@ from matplotlib.figure import Figure
 from gradnorm_func.plot._conflicts import conflict_course
 from gradnorm_func.plot._courses import grad_norms, inverse_rates, loss_ratios, weights
 from gradnorm_func.plot._draw import new_figure
-from gradnorm_func.plot._read import MissingNumbers, field, has_fields
+from gradnorm_func.plot._read import MissingNumbers, course, field, has_fields, labels
+from gradnorm_func.plot._steps import steps_of
+from gradnorm_func.plot._theme import grey
 
 
-def overview(history: Any, *, names: Any = None, smooth: int = 1) -> Figure:
+def overview(
+    history: Any,
+    *,
+    names: Any = None,
+    smooth: int = 1,
+    steps: Sequence[float] | None = None,
+    log_x: bool = False,
+) -> Figure:
     """Weights, gradient norms, losses, and training rates of one run, or in place of rates the conflicts.
 
     Args:
         history: of any balancer, as `gn.train` returns it; see the module's docstring. One with cosines (RotoGrad's)
             shows conflicts in place of training rates.
         names: the T tasks' names.
-        smooth: mean of that many steps.
+        smooth, steps, log_x: as in `weights`.
 
     Returns:
         The figure, with four axes. A panel for which the history has no numbers says so.
@@ -36,7 +46,6 @@ def overview(history: Any, *, names: Any = None, smooth: int = 1) -> Figure:
         >>> figure = plot.overview(history, names=["fit", "size"])
         >>> len(figure.axes)
         4
-        >>> import matplotlib.pyplot; matplotlib.pyplot.close(figure)
     """
     if not has_fields(
         history[0] if isinstance(history, (list, tuple)) and history and not has_fields(history) else history
@@ -44,14 +53,19 @@ def overview(history: Any, *, names: Any = None, smooth: int = 1) -> Figure:
         raise ValueError(
             f"history={type(history).__name__} has no fields: give what gn.train returns, or a list of Infos"
         )
-    figure = new_figure((11, 7))
     panels = [weights, grad_norms, loss_ratios, inverse_rates]
     if field(history, "cosines", required=False) is not None:
         panels[-1] = conflict_course
+    for known in ("losses", "weights"):  # what is wrong is said before there is a figure
+        if field(history, known, required=False) is not None:
+            count, tasks = course(history, known).shape
+            labels(names, tasks)
+            steps_of(steps, count, log_x)
+    figure = new_figure((11, 7))
     for ax, panel in zip(figure.subplots(2, 2).flat, panels, strict=True):
         try:
-            panel(history, ax, names=names, smooth=smooth)
+            panel(history, ax, names=names, smooth=smooth, steps=steps, log_x=log_x)
         except MissingNumbers as error:
             ax.set_axis_off()
-            ax.text(0.5, 0.5, fill(f"{panel.__name__}: {error}", 45), ha="center", va="center", color="0.4")
+            ax.text(0.5, 0.5, fill(f"{panel.__name__}: {error}", 45), ha="center", va="center", color=grey(ax, 0.7))
     return figure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -117,20 +116,35 @@ def running_mean(values: Array, width: int) -> Array:
     finite = np.where(np.isfinite(values), values, np.nan)
     if width == 1:
         return finite
-    out = np.full_like(values, np.nan)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of a window without one finite number
-        for i in range(len(values)):
-            out[i] = np.nanmean(finite[max(0, i + 1 - width) : i + 1], axis=0)
-    return np.where(np.isnan(finite), np.nan, out)
+    known = np.isfinite(values)
+    sums, counts = np.where(known, values, 0.0), known.astype(np.float64)
+    total, count = np.zeros_like(sums), np.zeros_like(counts)
+    # Sums over windows of 1, 2, 4, ... steps, and of those the ones whose lengths add to the width: exact over decades,
+    # which a difference of running sums is not.
+    length, covered = 1, 0
+    width = min(width, len(values))
+    while length <= width:
+        if width & length:
+            total, count = total + _later(sums, covered), count + _later(counts, covered)
+            covered += length
+        sums, counts = sums + _later(sums, length), counts + _later(counts, length)
+        length *= 2
+    return np.where(known, total / np.maximum(count, 1), np.nan)
+
+
+def _later(values: Array, steps: int) -> Array:
+    """The same, that many steps later, after zeros."""
+    return np.concatenate([np.zeros_like(values[:steps]), values[: len(values) - steps]])
 
 
 def quantiles(samples: Array) -> Array:
     """(5, steps) of (samples, steps): lowest, lower quartile, median, upper quartile, highest of the finite ones."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of a step without one finite number
-        finite = np.where(np.isfinite(samples), samples, np.nan)
-        out: Array = np.nanpercentile(finite, [0, 25, 50, 75, 100], axis=0)
+    ordered = np.sort(np.where(np.isfinite(samples), samples, np.nan), axis=0)  # NaN last
+    last = np.isfinite(ordered).sum(0) - 1
+    place = np.array([0, 0.25, 0.5, 0.75, 1])[:, None] * np.maximum(last, 0)
+    below = np.floor(place).astype(np.int64)
+    low, high = (np.take_along_axis(ordered, at, 0) for at in (below, np.minimum(below + 1, np.maximum(last, 0))))
+    out: Array = low + (place - below) * (high - low)
     return out
 
 

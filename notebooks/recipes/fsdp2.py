@@ -26,7 +26,8 @@ for batch in batches(rank, ranks):
     total = torch.tensor(n, dtype=torch.float64)
     dist.all_reduce(total)
     share = ranks * n / total  # FSDP2 takes the mean over ranks, not over examples; 1 for batches of one size
-    weights = state.weights  # GradNorm's gradient uses the weights from before the step
+    # GradNorm's gradient uses the weights from before the step; those of the first are in units of its losses.
+    weights = balancer.weights(state, gn.all_reduce(gn.measure_losses(losses, needs="losses", num_examples=n)))
     optimizer.zero_grad()
     (share * gn.weighted_sum(losses, weights)).backward()
     # After backward, with what it was multiplied by, and before balance: the copies have kept their gradients.

@@ -30,8 +30,9 @@ def train(file, kill_at=None):
     for step, batch in list(enumerate(batches()))[start:]:
         losses, copies = model(**batch)
         optimizer.zero_grad()
-        gn.weighted_sum(losses, state.weights).backward()
-        stats = gn.measure_losses(losses, copies, weights=state.weights)
+        weights = balancer.weights(state, gn.measure_losses(losses, needs="losses"))  # those from before the step
+        gn.weighted_sum(losses, weights).backward()
+        stats = gn.measure_losses(losses, copies, weights=weights)
         state, info = balancer.balance(state, stats)
         if step == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -60,10 +60,11 @@ def prove(weights, parameters):
         z = model.trunk(batch["x"])
         losses = [LOSSES[task](model.heads[task](z), batch[task]) for task in sorted(LOSSES)]
         norms = [torch.autograd.grad(loss, z, retain_graph=True)[0].norm() for loss in losses]
+        stats = gn.TaskStats(torch.stack(losses), torch.stack(norms))
         optimizer.zero_grad()
-        sum(w * loss for w, loss in zip(state.weights, losses, strict=True)).backward()
+        gn.weighted_sum(losses, balancer.weights(state, stats)).backward()
         optimizer.step()
-        state, _ = balancer.balance(state, gn.TaskStats(torch.stack(losses), torch.stack(norms)))
+        state, _ = balancer.balance(state, stats)
     gap = torch.stack([(a - b).abs().max() for a, b in zip(found, [state.weights, *model.parameters()], strict=True)])
     if RANK == 0:
         shown = ", ".join(f"{w:.2f}" for w in weights)
