@@ -32,14 +32,14 @@ def adam(leaves):
     return torch.optim.Adam(leaves, lr=3e-3)
 
 
-def train(balancer, seed=0, loss_fn=digits.loss_fn, tasks=tuple(digits.heads)):
+def train(balancer, seed=0, loss_fn=digits.loss_fn, tasks=tuple(digits.heads), steps=STEPS):
     heads = tuple(f"heads.{task}." for task in tasks)
     params = {
         name: value
         for name, value in digits.init_params(seed).items()
         if name.startswith(("trunk.", *heads))
     }
-    return gn.train(params, loss_fn, batches(seed), balancer=balancer, optimizer=adam)
+    return gn.train(params, loss_fn, batches(seed, steps), balancer=balancer, optimizer=adam)
 
 
 def in_pieces(balancer, seed, look):
@@ -93,6 +93,7 @@ def pictures():
         return plot.results(errors, baseline="equal weights", names=list(digits.METRICS))
 
     def sweep():
+        base = digits.errors(train(METHODS["equal weights"](), steps=100).params, test)
         grid = {"alpha": [0.0, 0.5, 1.0, 2.0], "rate": [0.003, 0.01, 0.03, 0.1]}
         result = gn.sweep(
             digits.init_params,
@@ -102,9 +103,9 @@ def pictures():
             seeds=range(2),
             balancer=lambda alpha, rate: gn.gradnorm(where=W, alpha=alpha, optimizer=gn.adam(rate)),
             optimizer=gn.adam(3e-3),
-            metric=lambda params: digits.errors(params, test)[0],
+            metric=lambda params: (digits.errors(params, test) / base).log().mean().exp(),
         )
-        return plot.sweep(result, label="left digit, % wrong")
+        return plot.sweep(result, label="error / that of equal weights (mean)")
 
     return {
         "overview": lambda: plot.overview(run.history, names=names, smooth=5),
@@ -115,7 +116,7 @@ def pictures():
         "inverse_rates": lambda: plot.inverse_rates(equal.history, names=names, smooth=5),
         "conflicts": lambda: plot.conflicts(cosines(run.params), names=names),
         "conflict_course": lambda: plot.conflict_course(
-            in_pieces(METHODS["GradNorm"](), 0, cosines), names=names
+            in_pieces(METHODS["GradNorm"](), 0, cosines), names=names, steps=range(0, STEPS, EVERY)
         ),
         "layers": lambda: plot.layers(report),
         "compare": compare,
