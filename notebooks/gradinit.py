@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import gradnorm_func as gn
+from gradnorm_func import plot
 
 torch.set_num_threads(1)
 SEEDS, EPOCHS, BATCH = 3, 4, 32
@@ -97,7 +98,6 @@ for seed, (_, _, history) in enumerate(runs):
     print(f"seed {seed}: gradient norm {first:.0f} at the start, {last:.2f} after 100 steps of GradInit")
 
 # %%
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 HAND = 0.4
 
 
@@ -107,20 +107,14 @@ def inner_factors(start, state):
     return [factors[f"inner.{i}.weight"] for i in range(32)]
 
 
-figure, (norm, scales) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-for start, (_, state, history) in zip(starts, runs, strict=True):
-    norm.plot(history.grad_norm, color=BLUE, alpha=0.7)
-    scales.plot([i / 2 + 0.75 for i in range(32)], inner_factors(start, state), ".-", color=BLUE, alpha=0.7)
-norm.axhline(1, color=GREY, linestyle="--")
-norm.text(0, 0.8, "threshold γ = 1", va="top", color=GREY)
-norm.set(yscale="log", ylim=(0.3, None), xlabel="GradInit step", ylabel="gradient norm")
-norm.set_title("the gradient comes down to γ (3 seeds)")
-scales.axhline(1, color=GREY, linestyle="--")
-scales.text(16.5, 0.98, "1: unchanged", ha="right", va="top", color=GREY)
-scales.axhline(HAND, color=GREEN, linewidth=3, alpha=0.5)
-scales.text(0.7, 0.2, f"{HAND}: the same factor everywhere, by hand (see below)", color=GREEN)
-scales.set(xlabel="residual block", ylabel="factor of the weight", ylim=(0, 1.05))
-scales.set_title("the weights inside the blocks shrink (3 seeds)")
+figure, (norm, scales) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+norms = {"gradient norm": torch.stack([h.grad_norm for _, _, h in runs]), "threshold γ": torch.ones(1, 100)}
+plot.compare(norms, norm, label="gradient norm")
+norm.set(xlabel="GradInit step", title="the gradient comes down to γ (3 seeds)")
+learned = torch.tensor([inner_factors(start, state) for start, (_, state, _) in zip(starts, runs, strict=True)])
+factors = {"GradInit": learned, "by hand (below)": torch.full((1, 32), HAND), "unchanged": torch.ones(1, 32)}
+plot.compare(factors, scales, steps=range(1, 33), label="factor of the weight")
+scales.set(xlabel="weight inside the blocks, first to last", title="the weights inside the blocks shrink (3 seeds)")
 plt.show()
 
 # %% [markdown]
@@ -180,33 +174,13 @@ for name, rows in results.items():
     print(f"{name:14}" + "".join(f"{cell(row):>13}" for row in rows))
 
 # %%
-figure, ax = plt.subplots(figsize=(8, 4.4), layout="constrained")
-styles = {
-    "He": (ORANGE, "o--", "He's initialisation"),
-    "He, clipped": (GREY, "s:", "He's, gradient clipped to 1"),
-    "times 0.4": (GREEN, "^-.", "inner weights times 0.4, by hand"),
-    "GradInit": (BLUE, "o-", "GradInit"),
+nan = float("nan")
+curves = {
+    name: torch.tensor([[nan if value is None else value for value in row] for row in rows]).T
+    for name, rows in results.items()
 }
-for name, (colour, form, label) in styles.items():
-    finite = [
-        (rate, value) for rate, row in zip(RATES, results[name], strict=True) for value in row if value is not None
-    ]
-    means = {rate: [value for r, value in finite if r == rate] for rate, _ in finite}
-    ax.plot(list(means), [sum(row) / len(row) for row in means.values()], form, color=colour, label=label)
-    ax.scatter(*zip(*finite, strict=True), s=12, color=colour, alpha=0.4)
-lost = [(rate, row.count(None)) for rate, row in zip(RATES, results["He"], strict=True) if None in row]
-ax.plot(
-    [rate for rate, _ in lost],
-    [3] * len(lost),
-    "x",
-    color=ORANGE,
-    markersize=9,
-    label="He's: some or all seeds diverged",
-)
-ax.axhline(10, color="0.6", linewidth=0.8)
-ax.text(4e-3, 11, "guessing", color="0.4", fontsize=9)
-ax.set(xscale="log", ylim=(0, 100), xlabel="learning rate of SGD", ylabel="test accuracy after four epochs (%)")
-ax.legend(frameon=False, loc="upper left")
+ax = plot.compare(curves, steps=RATES, log_x=True, label="test accuracy after four epochs (%)")
+ax.set(yscale="linear", xlabel="learning rate of SGD")
 plt.show()
 
 # %% [markdown]

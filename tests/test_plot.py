@@ -463,6 +463,8 @@ def test_sweep_says_that_the_best_is_at_the_edge_and_counts_what_diverged() -> N
     assert "at the edge of the grid in a, b" in plot.sweep(table, axis()).get_xlabel()
     table["metric"] = np.array([5, 5, 5, 5, 1, 5, 5, 5, 5.0])
     assert "edge" not in plot.sweep(table, axis()).get_xlabel()
+    assert plot.sweep(table, axis()).images[0].get_clim() == (1, 5)
+    assert plot.sweep(table, axis(), limits=(0.5, 20)).images[0].get_clim() == (0.5, 20)
     nan = {"a": [1, 1, 1, 1, 2, 2, 2, 2], "b": [1, 1, 2, 2] * 2, "seed": [0, 1] * 4, "metric": [1.0] * 8}
     nan["metric"][0] = nan["metric"][6] = nan["metric"][7] = float("nan")
     cells = texts(plot.sweep(nan, axis()))

@@ -24,6 +24,7 @@ def sweep(
     x: str | None = None,
     y: str | None = None,
     label: str = "metric",
+    limits: tuple[float, float] | None = None,
 ) -> Axes:
     """A sweep's metric over two hyperparameters; the best cell is framed, and said to be at the edge if it is.
 
@@ -36,6 +37,7 @@ def sweep(
         ax: the axis to draw into; None makes one.
         x, y: the hyperparameter along each side; None takes them as the grid names them, the first upwards.
         label: what the metric is, with its unit; lower is better.
+        limits: the metric where the colours begin and end, to compare two maps; None takes those of the cells.
 
     Returns:
         The axis, with values that grow to the right and upwards.
@@ -64,10 +66,11 @@ def sweep(
     size = (min(2.8 + 1.0 * len(xs), 12), min(1.6 + 0.62 * len(ys), 10))
     ax = new_axes(ax, size)
     make_room(ax)
-    low, high = float(np.nanmin(means)), float(np.nanmax(means))
+    low, high = (float(np.nanmin(means)), float(np.nanmax(means))) if limits is None else limits
     log = low > 0 and high > SPAN * low
     shades = matplotlib.colormaps["cividis_r"].with_extremes(bad=(0, 0, 0, 0))
     norm = LogNorm(low, high) if log else Normalize(low, high)
+    norm.clip = limits is not None  # beyond them the last colour
     image = ax.imshow(means, cmap=shades, norm=norm, aspect="auto", origin="lower")
     ax.grid(False)
     ax.set_xticks(range(len(xs)), [f"{value:g}" for value in xs])
