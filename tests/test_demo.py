@@ -42,7 +42,7 @@ def test_digits_prints_a_table_and_saves_a_figure(tmp_path, capsys):
 def test_alpha_given_is_alpha_used(tmp_path, capsys):
     main(["digits", "--quick", "--steps", "2", "--alpha", "0.7", "--out", str(tmp_path / "out.png")])
     out = capsys.readouterr().out
-    assert "alpha = 0.7, in log space from w = 1/L(0) (no search)" in out
+    assert "alpha = 0.7 (no search)" in out
     assert "±" not in out
 
 

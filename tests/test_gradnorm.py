@@ -28,7 +28,7 @@ def start(num_tasks=2, optimizer=None, **options):
 
 
 def step(state, losses, norms, optimizer=None, **options):
-    options = {"form": "paper", **options}
+    options = {"form": "paper", "alpha": 1.5, **options}
     return gn.gradnorm_balance(state, of(losses, norms), optimizer=optimizer or gn.sgd(0.1), **options)
 
 

@@ -57,6 +57,15 @@ def test_every_mapping_is_sorted(kind):
     assert gn.task_names(seam) == NAMES
 
 
+def test_a_dict_of_heads_as_modules_names_the_tasks():
+    heads = nn.ModuleDict({name: nn.Linear(2, 1) for name in LOSSES})
+    assert gn.task_names(heads) == NAMES
+    state = gn.gradnorm().init(heads, weights={"seg": 3.0, "depth": 1.0, "normals": 2.0})
+    assert gn.by_name(heads, state.weights) == {"depth": 1, "normals": 2, "seg": 3}
+    with pytest.raises(ValueError, match=r"'trunk'"):
+        gn.gradnorm().init(heads, weights={"seg": 3.0, "depth": 1.0, "trunk": 2.0})
+
+
 def test_parameters_keep_their_type_and_order():
     """A state_dict is an OrderedDict in the order of the modules; its gradients are, too."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))

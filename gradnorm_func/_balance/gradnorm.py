@@ -77,7 +77,7 @@ def init_state(
 
 def gradnorm(
     *,
-    alpha: float | Tensor = 1.5,
+    alpha: float | Tensor = 0.5,
     where: Where = None,
     optimizer: optim.Optimizer | None = None,
     norm_ratios: Any = None,
@@ -107,8 +107,8 @@ def gradnorm(
       down to 0.01 and the whole gradient with it, which an optimizer's second moment remembers for long.
 
     Args:
-        alpha: restoring force α >= 0, a number or a 0-d tensor. 0 aims at equal norms, and then L(0) is not used:
-            the choice for losses that may be negative.
+        alpha: restoring force α >= 0, a number or a 0-d tensor. 0 aims at equal norms, the choice for losses that may
+            be negative; more lets slow tasks catch up. The paper has 0.12 for symmetric tasks and 1.5 for NYUv2.
         optimizer: of the weights; None is Adam at 0.025, the paper's.
         norm_ratios: prior ratios ρ of the norms, T positive numbers or a pytree like the losses, scaled here to a
             mean of 1. None is equal.
@@ -168,7 +168,7 @@ def gradnorm_balance(
     state: GradNormState,
     stats: TaskStats,
     *,
-    alpha: float | Tensor = 1.5,
+    alpha: float | Tensor = 0.5,
     optimizer: optim.Optimizer | None = None,
     mask: Any = None,
     update: bool | Tensor = True,
@@ -179,7 +179,7 @@ def gradnorm_balance(
     Args:
         state: from `init_state`, made with the same optimizer.
         stats: from `measure`, `merge`, or made by the caller: `TaskStats(losses, grad_norms)`.
-        alpha, optimizer, **hyper: as in `gradnorm`.
+        alpha, optimizer, hyper: as in `gradnorm`.
         mask: the tasks present in this batch, (T,) bool or a pytree like the losses. Absent tasks keep weight,
             L(0) and moments; the present ones share what remains of the sum. A tensor that is False everywhere
             leaves the state as it was. The gradient of an absent loss is multiplied by 0, and 0 times NaN is NaN:

@@ -16,7 +16,7 @@ NumTasks: TypeAlias = int | Tasks  # how many tasks there are, or what says so a
 
 def task_count(num_tasks: NumTasks) -> int:
     """T, for balancing needs two tasks."""
-    known = isinstance(num_tasks, (MultiTaskLoss, Mapping, list, tuple, Tensor))
+    known = isinstance(num_tasks, (MultiTaskLoss, Mapping, torch.nn.ModuleDict, list, tuple, Tensor))
     count = len(task_names(num_tasks)) if known else num_tasks
     if isinstance(count, bool) or not isinstance(count, int) or count < 2:
         raise ValueError(f"num_tasks={num_tasks!r}: balancing needs an integer number of tasks, at least 2")

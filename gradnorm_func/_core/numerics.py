@@ -51,7 +51,7 @@ def choose(ok: Tensor, new: Tree, old: Tree) -> Tree:
 
 def column(x: Tensor, like: Tensor) -> Tensor:
     """x (T,) or (T, T), shaped to multiply what has more axes behind those."""
-    return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))
+    return x if x.ndim == like.ndim else x.reshape(x.shape + (1,) * (like.ndim - x.ndim))
 
 
 def safe_sqrt(square: Tensor) -> Tensor:

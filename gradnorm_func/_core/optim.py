@@ -164,7 +164,7 @@ def adam(
             mean_part, square_part = (1 - torch.stack([b1**power, b2**power])).unbind()
             size = safe_sqrt(square / square_part)
         else:
-            mean_part, square_part = 1 - b1**power, 1 - b2**power
+            mean_part, square_part = torch.rsub(torch.pow(b1, power), 1), torch.rsub(torch.pow(b2, power), 1)
             size = (square / square_part).sqrt()
         rate = _rate(learning_rate, state.step)
         step = mean * -rate / ((size + eps) * mean_part)

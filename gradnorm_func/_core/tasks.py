@@ -13,7 +13,7 @@ from gradnorm_func._core.loss import MultiTaskLoss, StackedHeads
 from gradnorm_func._core.tree import PyTree
 
 # What names the tasks, or has a part for each of them: the loss with its seam, the losses, the heads, a list of names.
-Tasks: TypeAlias = MultiTaskLoss | Mapping[str, Any] | Sequence[Any] | Tensor
+Tasks: TypeAlias = MultiTaskLoss | Mapping[str, Any] | torch.nn.ModuleDict | Sequence[Any] | Tensor
 
 
 def task_names(tasks: PyTree) -> list[str]:

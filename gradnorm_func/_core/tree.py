@@ -38,7 +38,7 @@ class _Box:
 def by_key(tree: PyTree) -> PyTree:
     """What has an entry for each task, plain dicts in place of all mappings, so that keys are sorted: optree leaves an
     OrderedDict in its own order, which parameters are to keep, and takes other mappings for leaves."""
-    if isinstance(tree, Mapping):
+    if isinstance(tree, (Mapping, torch.nn.ModuleDict)):
         return {key: by_key(entry) for key, entry in tree.items()}
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*map(by_key, tree))

@@ -147,12 +147,12 @@ def measure_losses(
         (share * gn.weighted_sum(losses, info.weights)).backward()
 
     Heads that are to learn from their own losses take another last line: see `weigh_trunk`. DDP and FSDP2 average
-    gradients over the R ranks: `share` is R n_r / Σ n_r, 1 for batches of one size. With micro-batches n_r is the size
-    of this one, the sum goes over them all, `merge` unites their stats, and the backward passes use the weights from
-    before. GradNorm always does, so it can have the norms of the step's own backward pass, and the heads run backwards
-    once: take `weights = balancer.weights(state, gn.measure_losses(losses, needs="losses"))` (over ranks of its
-    `all_reduce`), give them here, and call this after `backward` and before `balance`. Gradients that were written for a step
-    with `info.finite` False are to be dropped, not stepped on.
+    gradients over the R ranks: `share` is R n_r / Σ n_r, 1 for batches of one size. With micro-batches n_r is the
+    size of this one, the sum goes over them all, `merge` unites their stats, and the backward passes use the
+    weights from before. GradNorm always does, so it can have the norms of the step's own backward pass, and the
+    heads run backwards once: take `weights = balancer.weights(state, gn.measure_losses(losses, needs="losses"))`
+    (over ranks of its `all_reduce`), give them here, and call this after `backward` and before `balance`. Gradients
+    that were written for a step with `info.finite` False are to be dropped, not stepped on.
 
     Args:
         losses: T scalars with their graph: a (T,) tensor, or a pytree such as the dict of tasks.

@@ -42,7 +42,7 @@ def functional(module: nn.Module, prefix: str = "", *, buffers: bool | None = No
             `params` may hold buffers' values under their names, those of the module are used otherwise.
 
     Returns:
-        A function (params, *args, **kwargs) -> output. Threads that call one module take turns, and activation
+        A function `(params, *args, **kwargs) -> output`. Threads that call one module take turns, and activation
         checkpointing inside the module recomputes on the same `params`.
 
     Raises:

@@ -83,16 +83,9 @@ def static(factors: Tensor, setting: str) -> Method:
 
 
 def gradnorm(alpha: float, weight_lr: float) -> Method:
-    """GradNorm from w = 1 / L(0). Log space, for the weights have to span decades.
-
-    From w = 1 the largest task would have the trunk to itself for the hundreds of steps that the weights need.
-    """
-    balancer = gn.gradnorm(alpha=alpha, where=digits.W, form="log", optimizer=gn.adam(weight_lr))
-
-    def start(balancer: gn.Balancer[Any, Any], losses: Tensor) -> Any:
-        return balancer.init(len(losses), weights=inverse(losses), initial_losses=losses)
-
-    return Method(GRADNORM, f"alpha = {alpha:.3g}, in log space from w = 1/L(0)", balancer, start)
+    """GradNorm by its defaults, but for alpha and the rate of its weights."""
+    balancer = gn.gradnorm(alpha=alpha, where=digits.W, optimizer=gn.adam(weight_lr))
+    return Method(GRADNORM, f"alpha = {alpha:.3g}", balancer, fresh)
 
 
 def fixed_ratio(ratios: Tensor, setting: str) -> Method:
