@@ -82,8 +82,8 @@ print(f"equal weights  {' and '.join(f'{float(error):.2f}' for error in equal)}"
 # %% [markdown]
 # - **The start decides.** Every run of the invariant form (5.2 to 9.3) is far below every run of the paper's form (12.0
 #   to 14.3, where equal weights are): 250 steps are too few for weights that have four decades to go.
-# - **In the invariant form alpha hardly matters here.** At learning rates of 0.001 and 0.01 the means over the seeds lie
-#   between 5.3 and 6.3, whatever alpha is; 1.5, the default, is the best cell. At 0.1 all are worse, 7.8 to 9.2.
+# - **In the invariant form alpha hardly matters here.** At learning rates of 0.001 and 0.01 the means over the seeds
+#   lie between 5.3 and 6.3, whatever alpha is; 1.5, the default, is the best cell. At 0.1 all are worse, 7.8 to 9.2.
 # - **The paper's form wants fast weights and a large alpha**, for these take it sooner to where the other form starts.
 #   Its best cell, 12.4, is in a corner of the grid, so its optimum may lie outside.
 # - Two seeds and 250 steps show tendencies. The best run is chosen on the data that its error is measured on: a report

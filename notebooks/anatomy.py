@@ -101,10 +101,10 @@ for task in ("active", "sum"):
     print(f"equal weights, second half: {task} is {min(ratios):.1f} to {max(ratios):.1f} times as long as the others")
 
 # %% [markdown]
-# With equal weights `active` and `sum` have almost the whole gradient. In the second half of the training `active` is 12
-# to 144 times as long as each of the four others, `sum` 5 to 62 times. GradNorm shares it out from the first step on.
-# With its default alpha of 1.5 the slowest task, `parity`, gets the most, and `active`, which has learnt the most, next
-# to nothing.
+# With equal weights `active` and `sum` have almost the whole gradient. In the second half of the training `active` is
+# 12 to 144 times as long as each of the four others, `sum` 5 to 62 times. GradNorm shares it out from the first step
+# on. With its default alpha of 1.5 the slowest task, `parity`, gets the most, and `active`, which has learnt the most,
+# next to nothing.
 
 # %%
 plot.overview(balanced, names=tasks, smooth=10)
@@ -164,7 +164,7 @@ for name, found in errors.items():
     )
 
 # %% [markdown]
-# Every W gains over equal weights on both seeds. The paper's W, `trunk.1`, gains most, 32 %; z, which is the cheapest to
-# measure and the default, 22 and 23 %; the whole trunk 25 and 28 %; the first layer 7 and 21 %. Every choice loses at
-# one task, `active`, the one that equal weights train almost alone. Two seeds and 250 steps show tendencies only:
+# Every W gains over equal weights on both seeds. The paper's W, `trunk.1`, gains most, 32 %; z, which is the cheapest
+# to measure and the default, 22 and 23 %; the whole trunk 25 and 28 %; the first layer 7 and 21 %. Every choice loses
+# at one task, `active`, the one that equal weights train almost alone. Two seeds and 250 steps show tendencies only:
 # `python -m gradnorm_func.demo` makes the longer comparison, and `alpha_sweep` is about alpha.

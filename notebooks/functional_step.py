@@ -126,7 +126,8 @@ plt.show()
 # %%
 compiled_carry, _ = train(torch.compile(step, fullgraph=True), start(0))
 difference = (compiled_carry[2].weights - carry[2].weights).abs().max()
-print(f"weights {carry[2].weights.tolist()}; compiled, they differ by at most {float(difference):.1e}")
+weights = ", ".join(f"{float(weight):.3g}" for weight in carry[2].weights)
+print(f"weights {weights}; compiled, they differ by at most {float(difference):.1e}")
 
 # %% [markdown]
 # ## Somebody else's optimizer

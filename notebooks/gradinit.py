@@ -14,9 +14,9 @@
 # # GradInit: find the scales of a deep network before you train it
 #
 # A residual network of 34 layers without normalisation, started by He's initialisation, on real digits. Its first
-# gradient is thousands of times too long, so SGD diverges at every usual learning rate. GradInit (Zhu et al., NeurIPS
-# 2021) keeps the random values and learns one factor for each parameter tensor. It chooses the factors so that the
-# first step of training lowers the loss as much as possible, while the gradient norm stays below a threshold γ.
+# gradient is thousands of times too long, so SGD diverges at learning rates of 0.01 and more. GradInit (Zhu et al.,
+# NeurIPS 2021) keeps the random values and learns one factor for each parameter tensor. It chooses the factors so that
+# the first step of training lowers the loss as much as possible, while the gradient norm stays below a threshold γ.
 #
 # Three questions: What does GradInit change? Can the network be trained afterwards? Do simpler remedies do as well?
 
@@ -118,8 +118,9 @@ scales.set(xlabel="weight inside the blocks, first to last", title="the weights 
 plt.show()
 
 # %% [markdown]
-# Left: the gradient norm falls by four decades and then stays at γ. Right: GradInit shrinks every weight inside the
-# blocks. Nobody told it about residual networks; scaled-down branches are also the remedy that people found by hand.
+# Left: the gradient norm falls by nearly four decades and then stays at γ. Right: GradInit shrinks every weight inside
+# the blocks. Nobody told it about residual networks; scaled-down branches are also the remedy that people found by
+# hand.
 #
 # ## Can it be trained, and do simpler remedies do as well?
 #
@@ -184,7 +185,8 @@ ax.set(yscale="linear", xlabel="learning rate of SGD")
 plt.show()
 
 # %% [markdown]
-# Lines are means over three seeds, dots are the seeds.
+# Lines are medians over three seeds, bands their range; the table has the means. He's line ends where all seeds
+# diverge.
 #
 # - From He's initialisation, SGD learns only at the smallest rates, and not much there: 36 % at 1e-5.
 # - Clipping the gradient keeps the training finite, and 0.1 gives 82 %.

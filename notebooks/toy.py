@@ -21,8 +21,8 @@
 # - the same, but the second **loss** is written in a unit 10,000 times smaller, so that its numbers are larger;
 # - the second **target** is 100 times larger, as in the paper. Its loss is then 10,000 times larger, too.
 #
-# What the paper leaves open is chosen in `gradnorm_func.demo.toy`. Runs are short, so what is seen is the first phase of
-# learning; `python -m gradnorm_func.demo toy` runs longer.
+# What the paper leaves open is chosen in `gradnorm_func.demo.toy`. Runs are short, so what is seen is the first phase
+# of learning; `python -m gradnorm_func.demo toy` runs longer.
 
 # %%
 import matplotlib.pyplot as plt
