@@ -39,7 +39,7 @@ def least_conflict(state: gn.State, seen: gn.Seen) -> Any:
 
 
 BALANCERS = {
-    "gradnorm": lambda where: gn.gradnorm(where=where, alpha=0.8),
+    "gradnorm": lambda where: gn.gradnorm(where=where, alpha=0.8, form="paper"),
     "fixed_ratio": lambda where: gn.fixed_ratio([1.0, 2.0, 3.0], where=where, decay=0.9),
     "static": lambda where: gn.static([0.5, 1.0, 2.0], where=where, norms=True),
     "gramian": lambda where: gn.balancer(least_conflict, needs="gramian", same_step=True, where=where),

@@ -151,8 +151,10 @@ def measure_losses(
     size of this one, the sum goes over them all, `merge` unites their stats, and the backward passes use the
     weights from before. GradNorm always does, so it can have the norms of the step's own backward pass, and the
     heads run backwards once: take `weights = balancer.weights(state, gn.measure_losses(losses, needs="losses"))`
-    (over ranks of its `all_reduce`), give them here, and call this after `backward` and before `balance`. Gradients
-    that were written for a step with `info.finite` False are to be dropped, not stepped on.
+    (over ranks of its `all_reduce`), give them here, and call this after `backward` and before `balance`. With
+    micro-batches the losses of a first step are known too late for GradNorm's invariant form: give `init` its
+    `initial_losses`, or take `form="log"`. Gradients that were written for a step with `info.finite` False are to
+    be dropped, not stepped on.
 
     Args:
         losses: T scalars with their graph: a (T,) tensor, or a pytree such as the dict of tasks.

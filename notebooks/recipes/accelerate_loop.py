@@ -15,7 +15,7 @@ micro = BATCH // (accelerator.num_processes * accelerator.gradient_accumulation_
 model = Model()
 optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(dataset(), batch_size=micro))
-balancer = gn.gradnorm()
+balancer = gn.gradnorm(form="log")  # not "invariant": L(0) of a whole step is known after its last micro-batch
 state = balancer.init(3, dtype=torch.float64, device=accelerator.device)
 running = None
 
@@ -36,5 +36,5 @@ for batch in loader:
         optimizer.step()  # Accelerate passes over both calls until the last micro-batch of a step
         optimizer.zero_grad()
 
-prove(state.weights, model.parameters())
+prove(state.weights, model.parameters(), "log")
 accelerator.end_training()

@@ -20,7 +20,8 @@ class Balanced(lightning.LightningModule):
     def __init__(self):
         super().__init__()
         self.automatic_optimization = False  # so that a step that is not finite can be left out
-        self.model, self.balancer = Model(), gn.gradnorm()
+        # Not "invariant": L(0) of a whole step is known after its last micro-batch.
+        self.model, self.balancer = Model(), gn.gradnorm(form="log")
         self.balance_state = self.balancer.init(3, dtype=torch.float64)
 
     def configure_optimizers(self):
@@ -56,4 +57,4 @@ def fit(epochs, checkpoint=None):
 
 fit(1).save_checkpoint(file := f"{folder()}/1.ckpt")  # after an epoch: within one, a DataLoader would begin anew
 module = fit(2, file).lightning_module
-prove(module.balance_state.weights, module.parameters())
+prove(module.balance_state.weights, module.parameters(), "log")

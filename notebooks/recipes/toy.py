@@ -48,13 +48,13 @@ def folder():
     return sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()
 
 
-def prove(weights, parameters):
+def prove(weights, parameters, form="invariant"):
     """Trains once more, in one process, on whole batches, with one autograd pass for each task, and compares.
 
     By SGD, not Adam, for Adam would not notice gradients that are all twice as long.
     """
     found = [weights, *(p.full_tensor() if hasattr(p, "full_tensor") else p for p in parameters)]
-    model, balancer = Model(), gn.gradnorm()
+    model, balancer = Model(), gn.gradnorm(form=form)
     optimizer, state = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9), balancer.init(3, dtype=torch.float64)
     for batch in batches():
         z = model.trunk(batch["x"])
