@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gradnorm_func._balance.seen import Seen
 from gradnorm_func._core import optim, tree
+from gradnorm_func._core.numerics import asked
 from gradnorm_func._core.tasks import task_vector
-from gradnorm_func._core.tracing import free_to_ask
 from gradnorm_func._measure.plan import Needs
 
 Form: TypeAlias = Literal["invariant", "log", "paper"]
@@ -59,7 +59,7 @@ class Algorithm1(NamedTuple):
         if self.form != "invariant":
             return state.weights
         unset = state.initial_losses.isnan()
-        if free_to_ask(unset) and not unset.any():
+        if asked(unset, lambda unset: ~unset.any()):
             return state.weights
         return lambda losses: torch.where(unset, state.weights / units_of(losses), state.weights)
 

@@ -94,7 +94,8 @@ class Factory(NamedTuple):
     names: tuple[str, ...] = ()
     fixed: bool = False  # is `make` the thing itself, for all runs?
 
-    def __call__(self, hyper: Mapping[str, Any]) -> Any:
+    def of_run(self, hyper: Mapping[str, Any]) -> Any:
+        """What a run with these hyperparameters has. No `__call__`, which torch 2.10 does not trace."""
         return self.make if self.fixed else self.make(**{name: hyper[name] for name in self.names})
 
     @classmethod
@@ -137,8 +138,8 @@ class Factory(NamedTuple):
         for run in runs:
             # With plain numbers first, whose range the library checks; a function may also want tensors.
             with suppress(TypeError, AttributeError):
-                self({**run.combination, **more})
-        return self({name: torch.as_tensor(value) for name, value in runs[0].combination.items()} | dict(more))
+                self.of_run({**run.combination, **more})
+        return self.of_run({name: torch.as_tensor(value) for name, value in runs[0].combination.items()} | dict(more))
 
 
 def _names_of(function: Callable[..., Any], role: str, names: list[str]) -> tuple[str, ...]:

@@ -58,7 +58,7 @@ def start(
     starts = {seed: tree.tree_map(torch.detach, params) for seed, params in starts.items()}
     like = tree.flatten(starts[rows[0].seed])[0][0]
     example = {name: column[0] for name, column in table_of(rows[:1], like.dtype, like.device).items()}
-    _, init = first_look(program.loss_fn(example), starts[rows[0].seed], batch)
+    _, init = first_look(program.loss_fn.of_run(example), starts[rows[0].seed], batch)
     # Hyperparameters are as exact as the weights, and do not widen what they are multiplied with.
     table = table_of(rows, init["dtype"], init["device"])
 
@@ -67,8 +67,8 @@ def start(
         hyper = {name: column[run] for name, column in table.items() if name != "seed"}
         params = starts[rows[run].seed]
         leaves, paths = tree.flatten(params)[0], program.paths
-        moments = [program.optimizer(hyper | {"path": paths[i]}).init(leaves[i]) for i in program.places.moved]
-        return hyper, (params, moments, program.balancer(hyper).init(**init))
+        moments = [program.optimizer.of_run(hyper | {"path": paths[i]}).init(leaves[i]) for i in program.places.moved]
+        return hyper, (params, moments, program.balancer.of_run(hyper).init(**init))
 
     size = chunk_size or len(rows)
     chunks = []
@@ -117,8 +117,8 @@ def step(program: Program, hyper: dict[str, Tensor], current: Any, batch: Any, s
 
     def one(hyper: dict[str, Tensor], params: Any, moments: Any, state: Any, leaves: Any) -> Any:
         """One step of one run; if it is not finite, it changes neither the parameters nor their moments."""
-        loss_fn, batch = program.loss_fn(hyper), tree.unflatten(treedef, leaves)
-        grads, new_state, info = program.balancer(hyper).grad(state, params, loss_fn, batch)
+        loss_fn, batch = program.loss_fn.of_run(hyper), tree.unflatten(treedef, leaves)
+        grads, new_state, info = program.balancer.of_run(hyper).grad(state, params, loss_fn, batch)
         finite = getattr(info, "finite", None)
         if finite is None:  # a balancer that does not say so does not keep its state either
             finite = torch.stack([leaf.isfinite().all() for leaf in tree.flatten(grads)[0]]).all()
@@ -144,7 +144,7 @@ def _stepped(
     rows = zip(places.moved, places.sums(tree.flatten(grads)[0]), moments, strict=True)
     steps = {}
     for i, grad, moment in rows:
-        steps[i] = program.optimizer(hyper | {"path": program.paths[i]}).update(grad, moment, leaves[i])
+        steps[i] = program.optimizer.of_run(hyper | {"path": program.paths[i]}).update(grad, moment, leaves[i])
     moved = [
         (leaf + steps[i][0]).to(leaf.dtype) if i in steps else leaf
         for leaf, i in zip(leaves, places.first, strict=True)
@@ -156,7 +156,7 @@ def evaluated(metric: Factory, runs: Runs) -> Any:
     """The metric of every run of a chunk: a pytree of (runs,)."""
 
     def one(hyper: dict[str, Tensor], params: Any) -> Any:
-        values = metric(hyper)(params)
+        values = metric.of_run(hyper)(params)
         for value in tree.flatten(values)[0]:
             if not isinstance(value, Tensor) or value.ndim:
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
