@@ -87,10 +87,10 @@ for method, runs in two.items():
 
 # %% [markdown]
 # - **The unit of a loss** does not matter to GradNorm, whose default form weighs each loss relative to its first value:
-#   the three numbers of its second row are those of its first, but for 0.001. With equal weights the first task ends at
+#   the run with the other unit is the run at scale 1, but for 0.0001. With equal weights the first task ends at
 #   0.81 in place of 0.79.
 # - **The scale of a target** matters to both, and far more. The network's outputs themselves have to become 100 times
-#   larger, and on the way the first task gets worse than at its start. GradNorm's weights soften that (0.99 against
+#   larger, and on the way the first task gets worse than at its start. GradNorm's weights soften that (0.98 against
 #   1.10) and cannot undo it. So standardise the targets first, and let a balancer see to the losses.
 #
 # ## Ten tasks, at the scales that the paper draws
