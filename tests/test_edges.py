@@ -156,7 +156,7 @@ def test_a_float16_weight_at_the_floor_recovers():
     exact = make_problem(dtype=F64)
     expected = gn.task_grad_norms(exact.seam, {path: leaf.double() for path, leaf in params.items()}, exact.batch)
     assert (expected > 0.1).all()
-    balancer = gn.gradnorm(alpha=0.0, optimizer=gn.adam(0.05))
+    balancer = gn.gradnorm(alpha=0.0, form="paper", optimizer=gn.adam(0.05))
     state = balancer.init(3, weights=[1e-8, 1.5, 1.5])
     for t in range(30):
         grads, state, info = balancer.grad(state, params, make_problem().seam, batch)
