@@ -168,18 +168,18 @@ for name, ways in runs.items():
 # %% [markdown]
 # What these numbers say:
 #
-# - **Who does not arrive.** Only the start (9, 9) parts the methods: plain sum, CAGrad, PCGrad and `normalized` are still
-#   on their way when the budget ends, the plain sum in its valley. With scale 1 the plain sum and CAGrad arrive from all
-#   five starts. Direction alone does not decide: `normalized`, IMTL-G and Nash-MTL have one direction and differ in
-#   length, which Adam does not hide where gradients change by powers of ten.
-# - **Where on the front.** The plain sum and CAGrad serve the second loss: their ends on the front are all at x = -5.7.
-#   MGDA and FairGrad favour the first. GradNorm and FAMO come to the middle from four starts, Nash-MTL near it.
+# - **Who does not arrive.** Only the start (9, 9) parts the methods: plain sum, CAGrad, PCGrad and `normalized` are
+#   still on their way when the budget ends, the plain sum in its valley. With scale 1 the plain sum and CAGrad arrive
+#   from all five starts. Direction alone does not decide: `normalized`, IMTL-G and Nash-MTL have one direction and
+#   differ in length, which Adam does not hide where gradients change by powers of ten.
+# - **Where on the front.** The plain sum and CAGrad serve the second loss: their ends on the front are all at x =
+#   -5.7. MGDA and FairGrad favour the first. GradNorm and FAMO come to the middle from four starts, Nash-MTL near it.
 #   `geometric` goes to the sides: log L rewards a loss that is almost 0, and what is almost 0 depends on the 21.
-# - **Whose ends depend on the scale.** GradNorm's do not: 0.01. FAMO, IMTL-G, Nash-MTL and `normalized` move by 0.4 to
-#   1.9, although their directions do not depend on the scale: in the valleys every rounding, and every change of
-#   length, grows. `geometric` is as scale-free, but only the end of the start (0, 0) moves: there both sides are equally
-#   good, and a rounding decides. All others move by 3 to 11.
+# - **Whose ends depend on the scale.** GradNorm's do not: 0.01. FAMO, IMTL-G, Nash-MTL and `normalized` move by 0.4
+#   to 1.9, although their directions do not depend on the scale: in the valleys every rounding, and every change of
+#   length, grows. `geometric` is as scale-free, but only the end of the start (0, 0) moves: there both sides are
+#   equally good, and a rounding decides. All others move by 3 to 11.
 #
-# Five paths in a plane rank no methods. Five of the rules (plain sum, `normalized`, MGDA, PCGrad, Nash-MTL) were also run
-# for 35 000 steps at 0.001, outside this notebook. They agreed in who arrives from (9, 9); plain sum and `normalized` had
-# not arrived from (-8.5, 7.5) either.
+# Five paths in a plane rank no methods. Five of the rules (plain sum, `normalized`, MGDA, PCGrad, Nash-MTL) were also
+# run for 35 000 steps at 0.001, outside this notebook. They agreed in who arrives from (9, 9); plain sum and
+# `normalized` had not arrived from (-8.5, 7.5) either.
