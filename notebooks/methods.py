@@ -72,8 +72,8 @@ FRONT = torch.stack([14 * share - 7, grid[mixtures.argmin(1)]], 1)
 # ## Training
 #
 # Published runs take 35 000 steps of Adam at 0.001. Here time runs 35 times as fast: 1000 steps at 0.035, and Adam
-# forgets squared gradients 35 times as fast. Every method has its defaults. `gn.sweep` trains the five starts at once,
-# and both scales of the first loss with them.
+# forgets squared gradients 35 times as fast. All methods have their defaults, but for FAMO's decay. `gn.sweep` trains
+# the five starts at once, and both scales of the first loss with them.
 #
 # Not shown: `config` and `upgrad`, because with two tasks `config` is `normalized`, and `upgrad` half of `pcgrad`; and
 # `dualproj`, whose solver would take longer than that of any method here.
