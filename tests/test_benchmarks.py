@@ -16,10 +16,14 @@ from torch.func import grad, hessian, vmap
 def load(name):
     """A module of `benchmarks/`. Its folder comes off the path again: a script there is called like a package."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    hidden = sys.modules.pop("models", None)  # the tests have a module of that name too
     try:
         return importlib.import_module(name)
     finally:
         sys.path.pop(0)
+        sys.modules.pop("models", None)
+        if hidden is not None:
+            sys.modules["models"] = hidden
 
 
 equations, pinn = load("equations"), load("pinn")

@@ -91,7 +91,7 @@ def test_tied_weights_are_one_parameter():
     params, x = dict(model.named_parameters()), torch.randn(2, 3, dtype=F64)
     assert list(params) == ["0.weight"]
     loss_fn = lambda params, x: [gn.functional(model)(params, x).sum(), params["0.weight"].square().sum()]
-    grads, _, _ = gn.gradnorm_grad(gn.init_state(2, dtype=F64), params, loss_fn, x)
+    grads, _, _ = gn.gradnorm_grad(gn.init_state(2, dtype=F64), params, loss_fn, x, form="paper")
     (model(x).sum() + model[0].weight.square().sum()).backward()
     torch.testing.assert_close(grads["0.weight"], model[0].weight.grad)
 
@@ -193,7 +193,7 @@ def test_batch_norm_in_train_mode(compiled):
     def step(state, params, buffers, batch):
         fixed = lambda params, batch: loss_fn.backbone(params | buffers, batch)
         with_buffers = gn.multi_task_loss(fixed, loss_fn.heads, has_aux=True)
-        return gn.gradnorm_grad(state, params, with_buffers, batch, has_aux=True)
+        return gn.gradnorm_grad(state, params, with_buffers, batch, has_aux=True, form="paper")
 
     if compiled:
         step = torch.compile(step, fullgraph=True, backend="aot_eager")

@@ -152,7 +152,7 @@ def sweep(
 
     Example:
         >>> import torch, gradnorm_func as gn
-        >>> loss_fn = lambda w, x: {"fit": (x @ w - 1).square().mean(), "size": 0.1 * w.square().sum()}
+        >>> loss_fn = lambda w, x: {"fit": (x @ w - 1).square().mean(), "size": 0.1 * (w - 2).square().sum()}
         >>> result = gn.sweep(
         ...     torch.zeros(3) + 0.1, loss_fn, [torch.eye(3)] * 20,
         ...     grid={"alpha": [0.0, 0.5, 1.5], "rate": [1e-3, 1e-1]},
