@@ -20,8 +20,7 @@ class Balanced(lightning.LightningModule):
     def __init__(self):
         super().__init__()
         self.automatic_optimization = False  # so that a step that is not finite can be left out
-        # Not "invariant": L(0) of a whole step is known after its last micro-batch.
-        self.model, self.balancer = Model(), gn.gradnorm(form="log")
+        self.model, self.balancer = Model(), gn.gradnorm(form="log")  # "invariant" would need the first step's losses
         self.balance_state = self.balancer.init(3, dtype=torch.float64)
 
     def configure_optimizers(self):
