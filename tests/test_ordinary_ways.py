@@ -130,7 +130,7 @@ WAYS = {
         integer=True,
         refused={"compiled": "sparse"},
     ),
-    "LSTM": Way(lambda: Net(First(nn.LSTM(1, 4, batch_first=True))), refused={"compiled": "LSTM"}),
+    "LSTM": Way(lambda: Net(First(nn.LSTM(1, 4, batch_first=True))), refused={"compiled": "LSTM|Unsupported"}),
     "checkpointing": Way(lambda: Net(Checkpointed(), nn.Linear(4, 4)), refused={"compiled": HOOKS}),
     "reentrant checkpointing": Way(
         lambda: Net(nn.Linear(3, 3), Checkpointed(True), nn.Linear(4, 4)),

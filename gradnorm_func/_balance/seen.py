@@ -104,11 +104,11 @@ def mask_vector(mask: Any, weights: Tensor) -> Tensor | None:
     """The tasks present in a batch as a (T,) bool tensor: from one, a sequence, or a pytree like the losses."""
     if mask is None:
         return None
-    if not isinstance(mask, Tensor) and hasattr(mask, "__array__"):  # numpy
+    mask = tree.by_key(mask)
+    if not isinstance(mask, (Tensor, dict)) and hasattr(mask, "__array__"):  # numpy
         mask = torch.as_tensor(mask)
     vector: Tensor = mask
     if not isinstance(mask, Tensor):
-        mask = tree.by_key(mask)
         names = [entry for entry in tree.flatten(mask)[0] if isinstance(entry, str)]
         if names:
             raise ValueError(
