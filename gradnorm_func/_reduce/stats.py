@@ -23,7 +23,6 @@ class Stats(Protocol):
     def grads(self) -> Any:
         """The gradients of the parameters; `()` where they were not asked for."""
 
-    @property
     def powers(self) -> Mapping[str, int]:
         """Fields that add up over disjoint parts of a batch, each with the power of the part's share it is due."""
 
@@ -54,7 +53,6 @@ class TaskStats(NamedTuple):
     extra: Any = ()  # what a method has measured by itself: means over examples
     num_examples: Any = 1.0  # () the share of this batch in a mean
 
-    @property
     def powers(self) -> Mapping[str, int]:
         """At z every example has coordinates of its own, so that squares and Gramians add up; at parameters the
         gradients themselves do, and what is quadratic in them is computed afterwards."""
@@ -125,18 +123,18 @@ def merge(*stats: S | None) -> S:
 
 def sums_of(stats: Stats) -> dict[str, Any]:
     """The part that a batch has in the sums: each field times n to its power, n being the number of examples."""
-    fields = {name: getattr(stats, name) for name in stats.powers}
+    fields = {name: getattr(stats, name) for name in stats.powers()}
     measured = [torch.as_tensor(leaf) for leaf in tree.flatten(fields)[0]]
     # Counts as exact as what they multiply: float64 stats stay so.
     count = torch.as_tensor(stats.num_examples, device=measured[0].device).to(accum_dtype(*measured))
-    sums = {name: _times(count**power, fields[name]) for name, power in stats.powers.items()}
+    sums = {name: _times(count**power, fields[name]) for name, power in stats.powers().items()}
     return {**sums, "num_examples": count}
 
 
 def mean_of(like: S, sums: Mapping[str, Any]) -> S:
     """The stats of the batch whose parts have been added up; `like` are those of any part."""
     count = sums["num_examples"]
-    means = {name: _times(1 / count**power, sums[name]) for name, power in like.powers.items()}
+    means = {name: _times(1 / count**power, sums[name]) for name, power in like.powers().items()}
     mean: S = like._replace(**means, num_examples=count)
     return mean.complete()
 

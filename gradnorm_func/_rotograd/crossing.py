@@ -41,7 +41,6 @@ class RotoGradStats(NamedTuple):
     examples: Any = 0.0  # over how many entries the published rotation loss is a mean; 0 is a sum
     num_examples: Any = 1.0  # the share of this batch in a mean
 
-    @property
     def powers(self) -> Mapping[str, int]:
         """Losses and gradients are means over examples; every example's gradient has coordinates of its own, and what
         is a product of two adds up with the square of the share; a count just adds up."""
