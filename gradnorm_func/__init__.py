@@ -56,7 +56,8 @@ from gradnorm_func._rotograd.settings import RotoGradState
 
 # Around a step: analysis, plain autograd, modules and checkpoints, loops
 from gradnorm_func._tools.analysis import task_cosine_similarity, task_grad_norms, task_grads, task_gramian
-from gradnorm_func._tools.autograd import fork, measure_losses, weigh_trunk
+from gradnorm_func._tools.autograd import measure_losses
+from gradnorm_func._tools.fork import fork, weigh_trunk
 from gradnorm_func._tools.functional import functional
 from gradnorm_func._tools.interop import check_finite, load_state, log_dict, state_dict, write_buffers, write_grads
 from gradnorm_func._tools.layers import layer_analysis

@@ -219,6 +219,8 @@ CALLS = {
     # hyperparameters
     "alpha": (lambda s: gn.gradnorm_grad(s, P, SEAM, B, alpha=-0.5), "alpha=-0.5 must be at least 0: 0 aims at equal"),
     "alpha NaN": (lambda s: gn.gradnorm_update(s, P, SEAM, B, alpha=NAN), "alpha=nan must be at least 0"),
+    "form": (lambda s: gn.gradnorm_grad(s, P, SEAM, B, form="papr"), "form='papr' must be one of 'invariant'"),
+    "form of a state": (lambda s: gn.init_state(3, form="linear"), "form='linear' must be one of 'invariant'"),
     "alpha of the factory": (lambda s: gn.gradnorm(alpha=-1), "alpha=-1 must be at least 0"),
     "floor": (
         lambda s: gn.gradnorm_balance(s, stats([1, 2, 3]), floor=0.0),

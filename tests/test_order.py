@@ -112,6 +112,7 @@ def step(balancer, loss_fn, start=3, **options):
 
 MISNAMED = {
     "mask": lambda loss_fn: step(gn.gradnorm(), loss_fn, mask=dict.fromkeys(TYPO, True)),
+    "preference, fairgrad": lambda loss_fn: step(gn.fairgrad(preference=TYPO), loss_fn),
     "norm_ratios": lambda loss_fn: step(gn.gradnorm(norm_ratios=TYPO), loss_fn),
     "weights": lambda loss_fn: step(gn.static(TYPO), loss_fn),
     "ratios": lambda loss_fn: step(gn.fixed_ratio(TYPO), loss_fn),

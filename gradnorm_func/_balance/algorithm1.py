@@ -11,7 +11,7 @@ from torch import Tensor
 from gradnorm_func._balance.seen import Seen
 from gradnorm_func._core import optim, tree
 from gradnorm_func._core.numerics import asked
-from gradnorm_func._core.tasks import task_vector
+from gradnorm_func._core.tasks import per_task
 from gradnorm_func._measure.plan import Needs
 
 Form: TypeAlias = Literal["invariant", "log", "paper"]
@@ -181,9 +181,7 @@ def force(rates: Tensor, alpha: float | Tensor) -> Tensor:
 
 
 def _ratios(norm_ratios: Any, weights: Tensor) -> Tensor:
-    rho = task_vector(norm_ratios, "norm_ratios", weights.dtype).to(weights)
-    if rho.shape != weights.shape:
-        raise ValueError(f"norm_ratios has {rho.shape[0]} entries, but there are {weights.shape[0]} tasks")
+    rho = per_task(norm_ratios, "norm_ratios", weights)
     if not isinstance(norm_ratios, Tensor) and not all(
         isinstance(x, Tensor) or x > 0 for x in tree.flatten(tree.by_key(norm_ratios))[0]
     ):

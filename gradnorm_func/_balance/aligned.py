@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from gradnorm_func._balance.balancer import Info, State
-from gradnorm_func._balance.certified import certified, per_task
+from gradnorm_func._balance.certified import certified
 from gradnorm_func._balance.protocol import Balancer
 from gradnorm_func._balance.seen import Seen
+from gradnorm_func._core.tasks import per_task
 from gradnorm_func._core.tree import Where
 from gradnorm_func._solvers.aligned import align
 
@@ -47,6 +48,6 @@ def aligned(*, preference: Any = None, where: Where = None, every: int = 1) -> B
     """
 
     def rule(seen: Seen) -> tuple[Tensor, Tensor]:
-        return align(seen.gramian, seen.active, per_task(preference, "preference", seen))
+        return align(seen.gramian, seen.active, per_task(preference, "preference", seen.losses))
 
-    return certified(rule, where, every)
+    return certified(rule, where, every, named={"preference": preference})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,9 +17,14 @@ from gradnorm_func._measure.plan import Heads
 
 
 def certified(
-    rule: Callable[[Seen], tuple[Tensor, Tensor]], where: Where, every: int, heads: Heads = "own"
+    rule: Callable[[Seen], tuple[Tensor, Tensor]],
+    where: Where,
+    every: int,
+    heads: Heads = "own",
+    named: Mapping[str, Any] | None = None,
 ) -> Balancer[State, Info]:
-    """A balancer from `rule(seen) -> (weights (T,), certificate ())`, of this step's own Gramian."""
+    """A balancer from `rule(seen) -> (weights (T,), certificate ())`, of this step's own Gramian; `named` as in
+    `balancer`."""
     return balancer(
         lambda _state, seen: rule(seen),
         needs="gramian",
@@ -28,22 +33,13 @@ def certified(
         where=where,
         every=every,
         memory=lambda weights: torch.zeros_like(weights[0]),
+        named=named,
     )
 
 
 def number(x: float | Tensor, seen: Seen) -> Tensor:
     """() float64, on the device."""
     return x.to(seen.losses.device) if isinstance(x, Tensor) else seen.losses.new_full((), x, dtype=torch.float64)
-
-
-def per_task(x: Any, name: str, seen: Seen) -> Tensor:
-    """(T,) numbers of the tasks; None is 1 for all of them."""
-    if x is None:
-        return torch.ones_like(seen.losses)
-    vector = task_vector(x, name, seen.losses.dtype).to(seen.losses)
-    if vector.shape != seen.losses.shape:
-        raise ValueError(f"{name} has {vector.shape[0]} entries, but there are {seen.losses.shape[0]} tasks")
-    return vector
 
 
 def check_positive(x: Any, name: str) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from gradnorm_func._balance.balancer import Info, State
-from gradnorm_func._balance.certified import certified, check_positive, number, per_task
+from gradnorm_func._balance.certified import certified, check_positive, number
 from gradnorm_func._balance.protocol import Balancer
 from gradnorm_func._balance.seen import Seen
+from gradnorm_func._core.tasks import per_task
 from gradnorm_func._core.tree import Where
 from gradnorm_func._measure.plan import Heads
 from gradnorm_func._solvers.fair import fair
@@ -55,9 +56,9 @@ def fairgrad(
     check_positive(preference, "preference")
 
     def rule(seen: Seen) -> tuple[Tensor, Tensor]:
-        return fair(seen.gramian, seen.active, per_task(preference, "preference", seen), number(alpha, seen))
+        return fair(seen.gramian, seen.active, per_task(preference, "preference", seen.losses), number(alpha, seen))
 
-    return certified(rule, where, every, heads)
+    return certified(rule, where, every, heads, named={"preference": preference})
 
 
 def nash(*, preference: Any = None, where: Where = None, every: int = 1) -> Balancer[State, Info]:

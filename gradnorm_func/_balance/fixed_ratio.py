@@ -10,7 +10,7 @@ from torch import Tensor
 from gradnorm_func._balance.balancer import Info, State, balancer
 from gradnorm_func._balance.protocol import Balancer
 from gradnorm_func._balance.seen import Seen
-from gradnorm_func._core.tasks import task_vector
+from gradnorm_func._core.tasks import per_task
 from gradnorm_func._core.tree import Where
 
 
@@ -80,11 +80,11 @@ def fixed_ratio(
     def rule(state: State, seen: Seen) -> tuple[Tensor, NormAverages]:
         norms = seen.example_norms if isinstance(seen.example_norms, Tensor) else seen.norms
         sums, counts = decay * state.memory.sums + norms, decay * state.memory.counts + 1
-        shares = _shares(ratios, norms)
+        shares = per_task(ratios, "ratios", norms)
         return budget * shares / seen.sum(shares) / (eps + sums / counts), NormAverages(sums, counts)
 
     def start(ones: Tensor) -> Tensor:
-        shares = _shares(ratios, ones)
+        shares = per_task(ratios, "ratios", ones)
         if not bool(((shares >= 0) & shares.isfinite()).all() & (shares.sum() > 0)):
             raise ValueError(f"ratios={ratios!r} must be finite, at least 0, and not all 0")
         return budget * shares / shares.sum()
@@ -99,13 +99,3 @@ def fixed_ratio(
         memory=lambda weights: NormAverages(torch.zeros_like(weights), torch.zeros_like(weights)),
         named={"ratios": ratios},
     )
-
-
-def _shares(ratios: Any, like: Tensor) -> Tensor:
-    """(T,) ρ, as they were given."""
-    if ratios is None:
-        return torch.ones_like(like)
-    shares = task_vector(ratios, "ratios", like.dtype).to(like)
-    if shares.shape != like.shape:
-        raise ValueError(f"ratios has {shares.shape[0]} entries, but there are {like.shape[0]} tasks")
-    return shares

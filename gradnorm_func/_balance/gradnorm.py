@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -68,6 +68,7 @@ def init_state(
         >>> state.initial_losses
         tensor([2.3026, 0.6931])
     """
+    _check_form(form)
     w = start_weights(num_tasks, weights, dtype, device)
     initial = start_vector("initial_losses", initial_losses, num_tasks, torch.nan, dtype, device)
     moments = optim.as_optimizer(optimizer).init(w)
@@ -226,7 +227,14 @@ def _method(
         raise ValueError(f"burn_in={burn_in} counts steps from 0 and cannot be negative")
     if not isinstance(initial_decay, Tensor) and not 0 <= initial_decay <= 1:
         raise ValueError(f"initial_decay={initial_decay} must lie in [0, 1]; 1 keeps the first losses as L(0)")
+    _check_form(form)
     check_every(every)
     if isinstance(burn_in, int):  # between its turns a state stays, so that the burn-in waits for the next one
         burn_in = -(-burn_in // every) * every
     return Algorithm1(alpha, optim.as_optimizer(optimizer), norm_ratios, form, floor, burn_in, initial_decay, every)
+
+
+def _check_form(form: str) -> None:
+    """A misspelt form would be taken for another one."""
+    if form not in get_args(Form):
+        raise ValueError(f"form={form!r} must be one of {', '.join(map(repr, get_args(Form)))}")

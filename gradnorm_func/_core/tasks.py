@@ -149,6 +149,16 @@ def task_vector(losses: PyTree, name: str = "losses", dtype: torch.dtype | None 
     return torch.stack(tensors)
 
 
+def per_task(entries: Any, name: str, like: Tensor) -> Tensor:
+    """(T,) an argument with a number for each task, as `like` is; None is 1 for all of them."""
+    if entries is None:
+        return torch.ones_like(like)
+    vector = task_vector(entries, name, like.dtype).to(like)
+    if vector.shape != like.shape:
+        raise ValueError(f"{name} has {vector.shape[0]} entries, but there are {like.shape[0]} tasks")
+    return vector
+
+
 def wrong_count(count: int, expected: int) -> str:
     """What to say when the losses are not as many as the weights."""
     if count < 2:

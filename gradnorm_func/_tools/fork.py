@@ -1,0 +1,118 @@
+"""Plain autograd: one copy of the representation for each task, which makes every ∂L_i/∂z separate.
+
+The step remains the caller's own `backward`, in the hooks of which a wrapper such as DDP or FSDP2 does its work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradnorm_func._core import tree
+from gradnorm_func._core.tracing import inside_transform
+
+
+class _Fork(torch.autograd.Function):
+    """T views of a tensor, whose gradients add up; unlike plain views, they refuse to be written to."""
+
+    @staticmethod
+    def forward(leaf: Tensor, count: int) -> tuple[Tensor, ...]:
+        return tuple(leaf.view_as(leaf) for _ in range(count))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)  # no zeros for a task that does not read z
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        parts = [grad for grad in grads if grad is not None]
+        return (sum(parts[1:], parts[0]) if parts else None), None
+
+
+def fork(z: Any, tasks: int | Mapping[str, Any] | Sequence[Any]) -> Any:
+    r"""One copy of the representation z for each task, in the autograd graph, so that every ∂L_i/∂z can be seen.
+
+    The values are those of z, and so are all gradients: a model forked inside or outside of its DDP or FSDP2 wrapper
+    trains as before. The copies are views; to write to one in place (`ReLU(inplace=True)` first in a head) is an error.
+    Inside a compiled model the graph breaks here: fork between compiled parts. A wrapper that returns other tensors
+    than its module does (DDP with find_unused_parameters or static_graph; FSDP2 warns of views) must not be what hands
+    the copies out: wrap trunk and heads, and fork between them.
+
+    Args:
+        z: what the tasks share: a tensor, or a pytree of tensors.
+        tasks: the number of tasks, or a dict, ModuleDict or list with one entry for each (the heads, their names).
+
+    Returns:
+        A list of copies, or for a dict a dict with the same keys. Their gradients are kept by the backward pass.
+
+    Raises:
+        ValueError: for fewer than two tasks.
+
+    Example:
+        >>> import torch, gradnorm_func as gn
+        >>> z = torch.ones(2, requires_grad=True)
+        >>> a, b = gn.fork(z, 2)
+        >>> (a.sum() + 3 * b.sum()).backward()
+        >>> b.grad, z.grad
+        (tensor([3., 3.]), tensor([4., 4.]))
+
+        A method whose heads learn from their own losses, and whose weights are of this very step:
+
+        >>> trunk, heads = torch.nn.Linear(3, 2), torch.nn.ModuleDict({k: torch.nn.Linear(2, 1) for k in ("a", "b")})
+        >>> balancer = gn.mgda()
+        >>> state, x = balancer.init(2), torch.ones(4, 3)
+        >>> copies = gn.fork(trunk(x), heads)
+        >>> losses = {name: (head(copies[name]) - 1).square().mean() for name, head in heads.items()}
+        >>> stats = gn.measure_losses(losses, copies, needs=balancer.needs)
+        >>> state, info = balancer.balance(state, stats)
+        >>> gn.weigh_trunk(copies, info.weights)
+        >>> sum(losses.values()).backward()
+
+        For heads that learn from the weighted sum, the last two lines are
+        `gn.weighted_sum(losses, info.weights).backward()`.
+    """
+    count = tasks if isinstance(tasks, int) else len(tasks)
+    if count < 2:
+        raise ValueError(f"tasks={tasks!r} makes {count} copies; balancing needs at least two tasks")
+    leaves, treedef = tree.flatten(z)
+    by_leaf = [_Fork.apply(leaf, count) for leaf in leaves]  # type: ignore[no-untyped-call]
+    if not inside_transform():
+        for copy in (copy for row in by_leaf for copy in row if copy.requires_grad):
+            copy.retain_grad()
+    copies = [tree.unflatten(treedef, [row[i] for row in by_leaf]) for i in range(count)]
+    names = tasks.keys() if hasattr(tasks, "keys") else None  # a ModuleDict is no Mapping
+    return copies if names is None else dict(zip(names, copies, strict=True))
+
+
+def weigh_trunk(copies: Any, weights: Tensor) -> None:
+    r"""Weighs the tasks between heads and trunk, which gets :math:`\sum_i w_i \, \partial L_i / \partial z`.
+
+    Call it before the backward pass of :math:`\sum_i L_i`: each head then learns from its own loss at weight 1, as most
+    gradient methods are published, and as weights that may be negative need.
+
+    Args:
+        copies: from `fork`, of a forward pass whose backward pass is still to come.
+        weights: (T,) in task order, such as `info.weights`.
+
+    Raises:
+        ValueError: for another number of weights than of copies.
+
+    Example:
+        >>> import torch, gradnorm_func as gn
+        >>> z, head = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+        >>> a, b = gn.fork(z, 2)
+        >>> gn.weigh_trunk([a, b], torch.tensor([0.5, -2.0]))
+        >>> (head @ a + b.sum()).backward()
+        >>> z.grad, head.grad
+        (tensor([-1.5000, -1.5000]), tensor([1., 1.]))
+    """
+    tasks = [copies[name] for name in sorted(copies)] if isinstance(copies, Mapping) else list(copies)
+    if weights.shape != (len(tasks),):
+        raise ValueError(f"weights has shape {tuple(weights.shape)}, but there are {len(tasks)} copies")
+    for copy, weight in zip(tasks, weights.detach().unbind(), strict=True):
+        for leaf in tree.flatten(copy)[0]:
+            if leaf.requires_grad:  # no gradient comes from a task that does not read z
+                leaf.register_hook(lambda grad, weight=weight: None if grad is None else (weight * grad).to(grad.dtype))
