@@ -119,7 +119,8 @@ def full_steps(case: Case, names: list[str], seconds: float, device: str, with_c
     took: dict[str, float] = {}
     for name in names:
         method = METHODS[name].make()
-        state = method.init(case.num_tasks, device=case.batch[0].device)
+        fresh = method.init(case.num_tasks, device=case.batch[0].device)
+        _, state, _ = method.grad(fresh, case.params, case.loss, case.batch)  # a first step is no usual one
         bound = lambda state, params, batch, method=method: method.grad(state, params, case.loss, batch)
         steps[name] = lambda bound=bound, state=state: bound(state, case.params, case.batch)
         peer = peer_step(case, METHODS[name].peer)

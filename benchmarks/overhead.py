@@ -49,6 +49,9 @@ def weighted(losses, weights):
 def steps_of(case: Case, which: list[str]) -> dict[str, Step]:
     """The steps named, warmed up; compiled ones are compiled here."""
     state = gn.init_state(case.num_tasks, device=case.batch[0].device)
+    state, _ = gn.gradnorm_balance(
+        state, gn.measure(case.params, case.loss, case.batch)
+    )  # a first step is no usual one
     leaves = {name: leaf.clone().requires_grad_() for name, leaf in case.params.items()}
 
     def plain() -> Any:
@@ -128,8 +131,9 @@ def torchjd(case: Case, leaves: dict[str, torch.Tensor]) -> Step:
 def eager_steps(case: Case) -> dict[str, Step]:
     """What a user of plain eager PyTorch runs: `backward` of the weighted sum, and our three ways to balance it."""
     at_z, at_w = gn.gradnorm(), gn.gradnorm(where=case.last)
-    state, leaves = at_z.init(case.num_tasks), {k: leaf.clone().requires_grad_() for k, leaf in case.params.items()}
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in case.params.items()}
     stats = gn.measure(case.params, case.loss, case.batch)
+    state, _ = at_z.balance(at_z.init(case.num_tasks), stats)  # a first step is no usual one
 
     def plain() -> None:
         for leaf in leaves.values():

@@ -56,11 +56,9 @@ class Algorithm1(NamedTuple):
     def known(self, state: GradNormState) -> Tensor | Callable[[Tensor], Tensor]:
         """The weights from before the step; a task that is seen for the first time is put into units of its loss."""
         _check_kind(state)
-        if self.form != "invariant":
+        if self.form != "invariant" or _all_seen(state.initial_losses):
             return state.weights
         unset = state.initial_losses.isnan()
-        if asked(unset, lambda unset: ~unset.any()):
-            return state.weights
         return lambda losses: torch.where(unset, state.weights / units_of(losses), state.weights)
 
     def step(self, state: GradNormState, seen: Seen, w: Tensor) -> tuple[GradNormState, GradNormInfo]:
@@ -69,21 +67,26 @@ class Algorithm1(NamedTuple):
         norms = w * seen.norms  # G_i = w_i ‖∇_W L_i‖
         targets = self.targets(norms, rates, seen)  # mean_j G_j · r_i^α
         gaps = norms - targets
-        # ∂/∂w_i of L_grad = Σ_i |G_i − target_i|, the targets being constant; the sign of NaN is 0, hence the last term
-        grad = gaps.sign() * seen.norms + 0 * gaps
+        # L_grad = Σ_i |G_i − target_i|, targets constant: by w_i it gives sign(gap_i) n_i, by log w_i sign(gap_i) G_i
+        sizes = seen.norms if self.form == "paper" else norms
+        grad = torch.addcmul(0 * gaps, gaps.sign(), sizes)  # the sign of NaN is 0, and must not pass for no gap
         if self.form != "invariant":
             moved, moments = self.descended(state, w, grad, seen)
         else:  # on L_i / |L_i(0)|, the weights of which are w_i |L_i(0)|; G_i is the same
             units, new_units = self.units(state, initial_losses)
-            moved, moments = self.descended(state, w * units, grad / units, seen)
+            moved, moments = self.descended(state, w * units, grad, seen)
             moved = moved / new_units
         new = GradNormState(moved, initial_losses, state.step, state.weight_sum, moments)
         return new, _info(seen, w, targets, rates, gaps)
 
+    def keeps_first(self) -> bool:
+        """Is L(0) the first loss, for ever?"""
+        return self.burn_in is None and not isinstance(self.initial_decay, Tensor) and self.initial_decay == 1
+
     def units(self, state: GradNormState, initial_losses: Tensor) -> tuple[Tensor, Tensor]:
         """(T,) |L_i(0)| before this step and after it, which are the same but where L(0) is taken anew."""
-        after = units_of(initial_losses)
-        if self.burn_in is None and not isinstance(self.initial_decay, Tensor) and self.initial_decay == 1:
+        after = initial_losses.abs() if initial_losses is state.initial_losses else units_of(initial_losses)
+        if self.keeps_first():
             return after, after
         before = torch.where(state.initial_losses.isnan(), initial_losses, state.initial_losses)
         return units_of(before), after
@@ -91,15 +94,21 @@ class Algorithm1(NamedTuple):
     def inverse_rates(self, state: GradNormState, seen: Seen) -> tuple[Tensor, Tensor]:
         """L(0), of a task's first loss that is not 0, and r. With α = 0 rates are only reported."""
         losses, initial = seen.losses, state.initial_losses
+        if not (self.keeps_first() and _all_seen(initial)):
+            initial = self.taken(state, losses)
+        ratios = _one_for_nan(losses / initial)
+        return initial, _one_for_nan(ratios / seen.mean(ratios))
+
+    def taken(self, state: GradNormState, losses: Tensor) -> Tensor:
+        """(T,) L(0), where it is taken from this step, or moves with it."""
+        initial = state.initial_losses
         unset = initial.isnan()
         if self.burn_in is not None:
             unset = unset | (state.step == self.burn_in)
         if isinstance(self.initial_decay, Tensor) or self.initial_decay != 1:
             decay = torch.as_tensor(self.initial_decay, dtype=losses.dtype, device=losses.device)
             initial = torch.where(losses == 0, initial, torch.lerp(losses, initial, decay))
-        initial = torch.where(unset & (losses != 0), losses, initial)
-        ratios = _one_for_nan(losses / initial)
-        return initial, _one_for_nan(ratios / seen.mean(ratios))
+        return torch.where(unset & (losses != 0), losses, initial)
 
     def targets(self, norms: Tensor, rates: Tensor, seen: Seen) -> Tensor:
         """(T,) what the norms of the weighted gradients should be."""
@@ -110,22 +119,19 @@ class Algorithm1(NamedTuple):
         return targets * ratios / seen.mean(ratios)
 
     def descended(self, state: GradNormState, w: Tensor, grad: Tensor, seen: Seen) -> tuple[Tensor, Any]:
-        """The weights w one step of their optimizer further, of the same sum; and its moments."""
+        """The weights w one step of their optimizer further, of the same sum; and its moments.
+
+        `grad` is that by w in the paper's form, by log w in the others.
+        """
         if seen.mask is not None:  # a task alone has nothing to be balanced with; its gap is rounding
             grad = torch.where(seen.mask & (seen.mask.sum() > 1), grad, 0.0)
-        if self.form == "paper":
-            step, moments = self.optimizer.update(grad, state.moments, w)
-            return self.renormalised(state, w, w + step, seen), moments
-        step, moments = self.optimizer.update(w * grad, state.moments, w.log())
-        # w exp(step), scaled in one: however large the step, it does not overflow.
-        moved = state.weight_sum * seen.softmax(w.log() + step)
-        return self.renormalised(state, w, moved, seen), moments
-
-    def renormalised(self, state: GradNormState, w: Tensor, moved: Tensor, seen: Seen) -> Tensor:
-        """Above the floor, and with the sum that the weights w of the present tasks had."""
-        moved = torch.maximum(moved, self.floor / moved.shape[0] * state.weight_sum)
+        place = w if self.form == "paper" else w.log()
+        step, moments = self.optimizer.update(grad, state.moments, place)
+        # Shares of the sum. exp(log w + step), scaled in one, does not overflow, however large the step is.
+        shares = (place + step) / state.weight_sum if self.form == "paper" else seen.softmax(place + step)
+        shares = shares.clamp(min=self.floor / w.shape[0])
         budget = state.weight_sum if seen.mask is None else seen.sum(w)
-        return moved * (budget / seen.sum(moved))
+        return shares * (budget / seen.sum(shares)), moments
 
     def report(self, state: GradNormState, seen: Seen, w: Tensor) -> GradNormInfo:
         """What a step would have aimed at, had its norms been measured."""
@@ -154,6 +160,11 @@ class Algorithm1(NamedTuple):
 def _check_kind(state: Any) -> None:
     if not isinstance(state, GradNormState):
         raise ValueError(f"state is a {type(state).__name__}, not a GradNormState: make one with gn.init_state(T)")
+
+
+def _all_seen(initial_losses: Tensor) -> bool:
+    """Whether every task is known to have an L(0), and one that is not 0: where nobody may ask, none is."""
+    return asked(initial_losses, lambda initial: float(initial.abs().min()) > 0)
 
 
 def units_of(losses: Tensor) -> Tensor:

@@ -56,9 +56,20 @@ class Guarded(NamedTuple):
     named: Mapping[str, Any] = {}  # its arguments that may be given by name, which are compared with the tasks
 
     def balance(
-        self, state: Any, stats: TaskStats, mask: Any, update: bool | Tensor, applied: bool = False
+        self,
+        state: Any,
+        stats: TaskStats,
+        mask: Any,
+        update: bool | Tensor,
+        *,
+        applied: bool = False,
+        known: Tensor | None = None,
     ) -> tuple[Any, Any]:
-        """One step: all of it, or nothing of it where something is not finite."""
+        """One step: all of it, or nothing of it where something is not finite.
+
+        `applied`: are the weights that the rule gives those of a gradient? `known`: those of the gradient, where they
+        have been asked for already.
+        """
         method = self.method
         method.check(state)
         if isinstance(stats.losses, Mapping):
@@ -68,8 +79,9 @@ class Guarded(NamedTuple):
             raw = seen_of(state.weights, stats, active)._replace(applied=applied)
             seen = without_absent(raw)
             turn = due(state, method.every, update)
-            known = method.known(state)
-            known = known if isinstance(known, Tensor) else known(seen.losses)
+            if known is None:
+                weights = method.known(state)
+                known = weights if isinstance(weights, Tensor) else weights(seen.losses)
             if turn is False:
                 info = method.report(state, seen, known)
                 new, ok = state, raw.finite(raw.losses)

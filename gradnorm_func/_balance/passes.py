@@ -67,8 +67,8 @@ class Passes(Protocol):
     def decide(self, state: Any, stats: Any, job: Job) -> tuple[Any, Any]:
         """The factors that the stats of the whole give, and the decision, if one was made for them."""
 
-    def balance(self, state: Any, stats: Any, mask: Any, update: bool | Tensor) -> tuple[Any, Any]:
-        """The next state, from the stats of the whole."""
+    def balance(self, state: Any, stats: Any, mask: Any, update: bool | Tensor, factors: Any = None) -> tuple[Any, Any]:
+        """The next state, from the stats of the whole; with the factors of the pass, if they were known before it."""
 
     def weights(self, state: Any, stats: Any, mask: Any) -> Tensor:
         """Those of this step's gradient, from the losses of the whole."""

@@ -146,7 +146,9 @@ class Balancer(Generic[S, I]):
         stats = outcome.stats
         new: Any
         info: Any
-        new, info = outcome.decision or self.balance(state, stats._replace(grads=()), mask=job.mask, update=job.update)
+        new, info = outcome.decision or self._passes.balance(
+            state, stats._replace(grads=()), job.mask, job.update, factors
+        )
         if job.mask is not None or job.options.get("loss_scale") is not None:
             # An absent loss may be NaN, but then 0 * NaN may have got into the gradients; and float16 may overflow in
             # the backbone alone, where no norm shows it.

@@ -59,7 +59,9 @@ class Seen(NamedTuple):
 
     def finite(self, *rows: Tensor) -> Tensor:
         """() bool: whether all of these are finite for the tasks that are present."""
-        ok = (rows[0] if len(rows) == 1 else torch.stack(rows)) * 0 == 0
+        table = rows[0] if len(rows) == 1 else torch.stack(rows)
+        zero = table - table  # NaN for what is not finite, which does not equal itself
+        ok = zero == zero
         return ok.all() if self.mask is None else (ok | ~self.mask).all()
 
 
@@ -86,7 +88,9 @@ def seen_of(weights: Tensor, stats: TaskStats, mask: Tensor | None) -> Seen:
         if mask is not None:
             eye = torch.eye(count, dtype=gramian.dtype, device=gramian.device)
             gramian = torch.where(mask[:, None] & mask, gramian, eye)
-    extra = tree.tree_map(lambda leaf: constant(torch.as_tensor(leaf).to(weights)), stats.extra)
+    extra = stats.extra
+    if present(extra):
+        extra = tree.tree_map(lambda leaf: constant(torch.as_tensor(leaf).to(weights)), extra)
     return Seen(losses, norms, example_norms, gramian, extra, mask)
 
 

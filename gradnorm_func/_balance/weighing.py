@@ -96,9 +96,12 @@ class Weighing(NamedTuple):
         new, info = self.guarded.balance(state, stats, job.mask, job.update, applied=True)
         return _of_active(info.weights, job.mask), (new, info)
 
-    def balance(self, state: Any, stats: TaskStats, mask: Any, update: bool | Tensor) -> tuple[Any, Any]:
+    def balance(
+        self, state: Any, stats: TaskStats, mask: Any, update: bool | Tensor, factors: Any = None
+    ) -> tuple[Any, Any]:
         """The method itself, guarded."""
-        return self.guarded.balance(state, stats, mask, update)
+        known = factors if isinstance(factors, Tensor) and mask is None else None  # unmasked, they are the weights
+        return self.guarded.balance(state, stats, mask, update, known=known)
 
 
 def _of_active(weights: Tensor, mask: Tensor | None) -> Tensor:

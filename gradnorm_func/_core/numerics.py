@@ -37,7 +37,7 @@ def promoted(x: Tensor) -> Tensor:
     return x.to(accum_dtype(x))
 
 
-def asked(x: Tensor, question: Callable[[Tensor], Tensor]) -> bool:
+def asked(x: Tensor, question: Callable[[Tensor], Tensor | bool]) -> bool:
     """The answer of a value to a question, where asking costs nothing; False where nobody may ask."""
     return free_to_ask(x) and bool(question(x))
 

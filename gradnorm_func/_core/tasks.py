@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -119,6 +119,8 @@ def task_vector(losses: PyTree, name: str = "losses", dtype: torch.dtype | None 
 
     `dtype` is for plain numbers alone, which would otherwise lose digits on their way to float64.
     """
+    if are_scalars(losses):
+        return torch.stack(losses)
     losses = tree.by_key(losses)
     if not isinstance(losses, Tensor) and hasattr(losses, "__array__"):
         losses = torch.as_tensor(losses, dtype=dtype)
@@ -147,6 +149,11 @@ def task_vector(losses: PyTree, name: str = "losses", dtype: torch.dtype | None 
     if not tensors:
         raise ValueError(f"{name} is empty: return one scalar per task")
     return torch.stack(tensors)
+
+
+def are_scalars(values: Any) -> TypeGuard[list[Tensor]]:
+    """Is this a list of 0-d tensors, as losses should be?"""
+    return type(values) is list and bool(values) and all(isinstance(x, Tensor) and x.ndim == 0 for x in values)
 
 
 def per_task(entries: Any, name: str, like: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import MultiTaskLoss, StackedHeads
-from gradnorm_func._core.tasks import task_vector
+from gradnorm_func._core.tasks import are_scalars, task_vector
 from gradnorm_func._core.tracing import traced
 from gradnorm_func._measure.crossing import AtZ, Crossing, Trunk, Weighted, linear_leaves
 from gradnorm_func._measure.norms import PerTask
@@ -140,8 +140,10 @@ def _heads(plan: Plan, loss: MultiTaskLoss, trunk: Trunk, crossing: Crossing) ->
             params = plan.params(tree.replace(leaves, w_indices, of_task[len(z) :])) if w_indices else shared
             out = head(params, tree.unflatten(trunk.z_treedef, of_task[: len(z)]), plan.batch)
             outs.append(split_aux(out, plan.has_aux, "a head"))
-        values = loss.structure([value for value, _ in outs])
-        require_tensors(plan, values)
+        values: Any = [value for value, _ in outs]
+        if not are_scalars(values):  # whoever says what is wrong has to know their names
+            values = loss.structure(values)
+            require_tensors(plan, values)
         return [task_vector(values)], loss.structure([aux for _, aux in outs]) if plan.has_aux else ()
 
     inputs = [*(plan.leaves[i] for i in indices), *chain(*z), *(copy_of(leaf) for leaf in w for _ in range(count))]

@@ -196,7 +196,7 @@ class Rotating(NamedTuple):
             return factors_of(state, stats, job.mask, self.hyper), ()
 
     def balance(
-        self, state: RotoGradState, stats: RotoGradStats, mask: Any, update: bool | Tensor
+        self, state: RotoGradState, stats: RotoGradStats, mask: Any, update: bool | Tensor, _factors: Any = None
     ) -> tuple[RotoGradState, RotoGradInfo]:
         """The next rotations."""
         return balance(state, stats, self.hyper, mask, update)
