@@ -29,13 +29,12 @@ def own_units(gramian: Tensor, active: Tensor) -> Units:
     exact = gramian.double()
     square = diagonal(exact)
     real = active & (square != 0)
-    roots = square.sqrt()
-    inverses = (1 / roots).masked_fill(~real, 0.0)
-    lengths = roots.masked_fill(~real, 0.0)
+    none = ~real
+    lengths = square.sqrt().masked_fill(none, 0.0)
+    inverses = lengths.reciprocal().masked_fill(none, 0.0)
     size = lengths.max()
     size = size + (size == 0)
     noise = 0.0 if gramian.dtype == torch.float64 else gramian.shape[-1] * torch.finfo(gramian.dtype).eps
-    extra = real.double() * (noise - 1.0) + 1.0
-    cosines = exact * inverses.unsqueeze(-1) * inverses + torch.diag_embed(extra)
+    cosines = exact * inverses.unsqueeze(-1) * inverses + torch.diag_embed(none + noise)
     broken = 0 * cosines.sum()  # NaN, if anything is
     return Units(cosines, lengths / size + broken, inverses * size + broken, size, real, active)
