@@ -232,6 +232,12 @@ def test_two_tasks_have_one_bisector():
         close(w / w.sum(), (1 / length) / (1 / length).sum())
 
 
+def test_upgrad_of_two_tasks_is_half_of_pcgrad():
+    rows = draw(6, 2, 4.0)
+    assert rows[0] @ rows[1] < 0
+    close(balance(gn.upgrad(), rows).weights, balance(gn.pcgrad(), rows).weights / 2)
+
+
 # ---------------------------------------------------------------------------------------------- properties
 
 
