@@ -16,9 +16,9 @@ import gradnorm_func as gn
 pytest.importorskip("sklearn")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 try:
-    data, methods, problems, protocol, report, results, main = (
+    data, defaults, methods, problems, protocol, report, results, main = (
         importlib.import_module(f"benchmarks.evidence.{name}")
-        for name in ("data", "methods", "problems", "protocol", "report", "results", "__main__")
+        for name in ("data", "defaults", "methods", "problems", "protocol", "report", "results", "__main__")
     )
 finally:
     sys.path.pop(0)
@@ -174,6 +174,26 @@ def test_searched_methods_are_compared_with_searched_equal_weights():
     assert found["gradnorm, searched"] == pytest.approx((0.0, 0.0, 0.0))
     assert "| gradnorm | +50.0 [+50.0, +50.0] | loses | +50.0 diabetes | +100 diabetes, a | +50.0 |" in page
     assert report.pairs(records, "adam", "normalised", "equal", "equal")["diabetes"].tolist() == [[0.0, 0.0]] * 2
+
+
+def test_a_method_that_misses_a_data_set_has_no_mean():
+    key = lambda name, method: results.Key(name, "adam", "normalised", method)
+    row = lambda test: {"test": [[test]], "tasks": ["a"], "at_edge": False}
+    records = {key("enb", "equal"): row(1.0), key("digits", "equal"): row(1.0), key("enb", "nash"): row(0.5)}
+    page, found = report.main_table(records, "adam", "normalised")
+    assert list(found) == ["equal"]
+    assert "| nash |  |  | -69.3 enb | -69 enb, a |  | -69.3 |" in page
+
+
+def test_the_rule_of_the_defaults():
+    """The worst data set first, then the mean, and of a tie the nearest to what was the default."""
+    a = {alpha: name for name, (alpha, rate) in defaults.CANDIDATES.items() if rate == 0.025}
+    rows = {a[0.0]: {"x": -9.0, "y": 1.5}, a[0.12]: {"x": -5.0, "y": -1.2}, a[0.5]: {"x": -5.0, "y": -1.0}}
+    assert defaults.chosen(rows) == a[0.5]
+    rows[a[0.5]] = {"x": -3.0, "y": -1.0}
+    assert defaults.chosen(rows) == a[0.12]
+    assert defaults.chosen({a[0.0]: {"x": 2.0}, a[1.5]: {"x": 1.5}}) == a[1.5]
+    assert defaults.page({}) == ""
 
 
 def test_names_with_commas():

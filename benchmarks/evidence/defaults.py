@@ -1,14 +1,11 @@
-"""The defaults of GradNorm, by the rule in README.md: `python -m benchmarks.evidence.defaults FILE ...`."""
+"""The defaults of GradNorm, by the rule in README.md."""
 
 from __future__ import annotations
 
-import sys
-
 import torch
 
-from . import results
-from .report import REFERENCE, table
-from .results import Key, Records
+from .markdown import table
+from .results import REFERENCE, Key, Records
 
 DEVELOPMENT = ("digits", "diabetes", "enb", "teacher")
 # What stands for them in the records -> (alpha, learning rate)
@@ -45,16 +42,14 @@ def distance(method: str) -> float:
     return abs(alpha - UNTIL_THEN[0]) + 10 * (rate != UNTIL_THEN[1])
 
 
-def main() -> None:
-    records = results.load(*sys.argv[1:])
+def page(records: Records) -> str:
+    """The table and the choice; nothing, if not all candidates were run."""
+    keys = [Key(name, "adam", "normalised", method) for name in DEVELOPMENT for method in [REFERENCE, *CANDIDATES]]
+    if not all(key in records for key in keys):
+        return ""
     changes = {method: validation(records, method) for method in CANDIDATES}
     rows = [["validation errors against equal weights, %", "mean", "worst", *DEVELOPMENT]]
     for method, row in changes.items():
         numbers = [sum(row.values()) / len(row), max(row.values()), *(row[name] for name in DEVELOPMENT)]
         rows.append([f"`{method}`", *(f"{number:+.1f}" for number in numbers)])
-    print(table(rows))
-    print(f"\nThe rule takes `{chosen(changes)}`.")
-
-
-if __name__ == "__main__":
-    main()
+    return f"{table(rows)}\n\nThe rule, written down before the runs, takes `{chosen(changes)}`."

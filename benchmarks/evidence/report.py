@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import results
+from . import defaults, results
+from .markdown import table
 from .methods import CONTROLS, METHODS
 from .problems import CONDITIONS
-from .results import Key, Records
+from .results import REFERENCE, Key, Records
 
 DRAWS = 4000  # of the bootstrap
-REFERENCE = "equal"  # on normalised losses, with the same optimizer
 SEARCHED = ", searched"  # behind the name of a method with settings to choose from, as of its reference
 
 
@@ -53,13 +53,6 @@ def bootstrap(rows: Sequence[Tensor]) -> Interval:
     return Interval(float(torch.stack([row.mean() for row in rows]).mean()), low, high)
 
 
-def table(rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown; the first row is its head."""
-    head, *body = rows
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def ordered(names: Iterable[str]) -> list[str]:
     """Methods as the table of methods has them, others behind."""
     known = list(METHODS)
@@ -87,7 +80,8 @@ def against_equal(records: Records, optimizer: str, condition: str, method: str)
 
 
 def main_table(records: Records, optimizer: str, condition: str) -> tuple[str, dict[str, Interval]]:
-    """Every method in one condition, against equal weights on normalised losses."""
+    """Every method in one condition, against equal weights on normalised losses; the mean of those alone that were run
+    on all data sets."""
     mine = [key for key in records if (key.optimizer, key.condition) == (optimizer, condition)]
     names = sorted({key.data for key in mine})
     rows = [["", "change, %", "", "worst data set", "worst task", *names]]
@@ -96,7 +90,6 @@ def main_table(records: Records, optimizer: str, condition: str) -> tuple[str, d
         by_data = against_equal(records, optimizer, condition, method)
         if not by_data:
             continue
-        found[method] = interval = bootstrap([change.mean(1) for change in by_data.values()])
         worst = max(by_data, key=lambda name: float(by_data[name].mean()))
         of_tasks = {}
         for name, change in by_data.items():
@@ -109,11 +102,15 @@ def main_table(records: Records, optimizer: str, condition: str) -> tuple[str, d
             else ""
             for name in names
         ]
+        pooled = ["", ""]
+        if len(by_data) == len(names):
+            found[method] = interval = bootstrap([change.mean(1) for change in by_data.values()])
+            itself = (method, condition) == (REFERENCE, "normalised")
+            pooled = [str(interval), "" if itself else interval.verdict]
         rows.append(
             [
                 method,
-                str(interval),
-                "" if (method, condition) == (REFERENCE, "normalised") else interval.verdict,
+                *pooled,
                 f"{float(by_data[worst].mean()):+.1f} {worst}",
                 f"{of_tasks[task]:+.0f} {task[0]}, {task[1]}",
                 *marked,
@@ -212,7 +209,8 @@ def report(records: Records) -> str:
         "losses, in %, below 0 is better; with its 95 % bootstrap interval over data sets and seeds. A method wins or "
         "loses if its interval does not hold 0, and ties otherwise. The learning rate is tuned for every row on the "
         "validation part, on a grid that grows until the best is not at its edge († where it ended there). Rows named "
-        '"searched" have four settings beside it, and are compared with "equal, searched".',
+        '"searched" have four settings beside it, and are compared with "equal, searched". A method that was not run on '
+        "all data sets has no mean.",
     ]
     for optimizer in sorted({key.optimizer for key in records}):
         present = {key.condition for key in records if key.optimizer == optimizer}
@@ -228,6 +226,8 @@ def report(records: Records) -> str:
             ]
         for condition in conditions:
             parts += [f"## {optimizer}, {condition}: every task", task_tables(records, optimizer, condition)]
+    if candidates := defaults.page(records):
+        parts += ["## How the defaults were chosen", candidates]
     if optimizers := optimizers_table(records):
         parts += ["## Adam and SGD", optimizers]
     parts += ["## Time", "Eager steps of one run; the search beside other work.", cost_table(records)]

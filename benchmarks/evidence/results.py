@@ -24,6 +24,7 @@ class Key(NamedTuple):
 
 
 Records = dict[Key, dict[str, Any]]
+REFERENCE = "equal"  # what all rows are compared with: on normalised losses, with the same optimizer
 
 
 def load(*paths: str) -> Records:
