@@ -209,8 +209,8 @@ def report(records: Records) -> str:
         "losses, in %, below 0 is better; with its 95 % bootstrap interval over data sets and seeds. A method wins or "
         "loses if its interval does not hold 0, and ties otherwise. The learning rate is tuned for every row on the "
         "validation part, on a grid that grows until the best is not at its edge († where it ended there). Rows named "
-        '"searched" have four settings beside it, and are compared with "equal, searched". A method that was not run on '
-        "all data sets has no mean.",
+        '"searched" have four settings beside it, and are compared with "equal, searched". A method that was not run '
+        "on all data sets has no mean.",
     ]
     for optimizer in sorted({key.optimizer for key in records}):
         present = {key.condition for key in records if key.optimizer == optimizer}
