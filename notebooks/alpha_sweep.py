@@ -32,7 +32,7 @@ from gradnorm_func.demo import digits
 
 torch.set_num_threads(1)
 STEPS, BATCH, SEEDS = 250, 64, range(2)
-GRID = {"alpha": [0.0, 0.5, 1.5, 3.0], "lr": [1e-3, 1e-2, 1e-1]}
+GRID = {"alpha": [0.0, 0.12, 0.5, 1.5, 3.0], "lr": [1e-3, 1e-2, 1e-1]}
 
 splits = digits.load()
 validation = digits.pairs(splits["validation"], 1000, torch.Generator().manual_seed(1))
@@ -84,8 +84,8 @@ print(f"equal weights  {' and '.join(f'{float(error):.2f}' for error in equal)}"
 # - **The start decides.** Every run of the invariant form (5.2 to 9.3) is far below every run of the paper's form (12.0
 #   to 14.3, where equal weights are): 250 steps are too few for weights that have four decades to go.
 # - **In the invariant form alpha hardly matters here.** At learning rates of 0.001 and 0.01 the means over the seeds
-#   lie between 5.3 and 6.3, whatever alpha is, and without an order; 0.5, the default, is neither best nor worst. At
-#   0.1 all are worse, 7.8 to 9.2.
+#   lie between 5.3 and 6.3, whatever alpha is, and without an order; 0.12, the default, is with the best. At 0.1 all
+#   are worse, 7.8 to 9.2.
 # - **The paper's form wants fast weights and a large alpha**, for these take it sooner to where the other form starts.
 #   Its best cell, 12.4, is in a corner of the grid, so its optimum may lie outside.
 # - Two seeds and 250 steps show tendencies. The best run is chosen on the data that its error is measured on: a report
