@@ -87,7 +87,7 @@ for method, runs in two.items():
 
 # %% [markdown]
 # - **The unit of a loss** does not matter to GradNorm, whose default form weighs each loss relative to its first value:
-#   the run with the other unit is the run at scale 1, but for 0.0001. With equal weights the first task ends at
+#   the run with the other unit is the run at scale 1 to four digits. With equal weights the first task ends at
 #   0.81 in place of 0.79.
 # - **The scale of a target** matters to both, and far more. The network's outputs themselves have to become 100 times
 #   larger, and on the way the first task gets worse than at its start. GradNorm's weights soften that (0.98 against
