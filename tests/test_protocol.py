@@ -93,7 +93,10 @@ def test_applied_is_reported_of_the_present_tasks(name, engine):
         assert not absent.any()
         assert not grads["head.1"].any()
         assert_applied(grads, info.weights, present, own_paths(balancer, form, where))
-        assert info.weights[1] == state.weights[1] == new.weights[1]
+        assert new.weights[1] == state.weights[1]
+        assert info.weights[1] == 0
+        shown = [info.losses, info.grad_norms, *(getattr(info, name, ()) for name in ("targets", "inverse_rates"))]
+        assert all(row[1].isnan() for row in shown if isinstance(row, torch.Tensor))
         torch.testing.assert_close(info.total_loss, (info.weights * info.losses)[mask].sum(), rtol=1e-12, atol=0)
         state = new
 

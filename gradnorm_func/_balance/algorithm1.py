@@ -28,10 +28,10 @@ class GradNormState(NamedTuple):
 
 
 class GradNormInfo(NamedTuple):
-    """What one would log of a step; all taken before the weights moved."""
+    """What one would log of a step; all taken before the weights moved, which are `state.weights` for the next one."""
 
-    losses: Tensor  # (T,) L_i
-    weights: Tensor  # (T,) w_i of this step's total loss
+    losses: Tensor  # (T,) L_i; NaN for an absent task, as all its numbers but the weight
+    weights: Tensor  # (T,) w_i of this step's total loss; 0 for an absent task
     grad_norms: Tensor  # (T,) ‖∇_W L_i‖, unweighted, so G_i = weights * grad_norms; exactly 0 hints at a wrong W
     targets: Tensor  # (T,) what G_i should be
     inverse_rates: Tensor  # (T,) r_i

@@ -29,8 +29,8 @@ class State(NamedTuple):
 class Info(NamedTuple):
     """What one would log of a step."""
 
-    losses: Tensor  # (T,) L_i
-    weights: Tensor  # (T,) w_i that this step's gradient is made with
+    losses: Tensor  # (T,) L_i; NaN for an absent task, as all its numbers but the weight
+    weights: Tensor  # (T,) w_i that this step's gradient is made with; 0 for an absent task
     grad_norms: Tensor  # (T,) ‖∇_W L_i‖, unweighted; NaN where they were not measured
     total_loss: Tensor  # () Σ w_i L_i
     memory: Any  # what the rule remembers after this step

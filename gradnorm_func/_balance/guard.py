@@ -94,17 +94,14 @@ class Guarded(NamedTuple):
                     ok = torch.where(turn, ok, raw.finite(raw.losses))
                     info = choose(turn, info, method.report(state, unmeasured, known))
             info = info._replace(finite=ok)
-            if active is not None:
-                norms = torch.where(turn, raw.norms, torch.nan) if isinstance(turn, Tensor) else raw.norms
-                info = info._replace(losses=raw.losses, grad_norms=norms)
             if update is False:
-                return state, info
+                return state, shown(info, active)
             ok = accepted(ok, active, update)
             if info.weights is not known:  # a step that is refused, and an absent task, keep the old weights
                 moves = ok if turn is True else ok & turn
                 used = torch.where(moves if active is None else moves & active, info.weights, known)
                 info = info._replace(weights=used, total_loss=seen.dot(used, seen.losses))
-            return settled(new, state, ok, turn, active, method.absent), info
+            return settled(new, state, ok, turn, active, method.absent), shown(info, active)
 
     def _require(self, stats: TaskStats) -> None:
         field = {"norms": "grad_norms", "example_norms": "grad_norms", "gramian": "gramian"}.get(self.method.needs)
@@ -138,6 +135,18 @@ def settled(
     if isinstance(turn, Tensor):
         new = choose(turn, new, old)
     return choose(ok, new._replace(step=old.step + 1), old)
+
+
+def shown(info: Any, active: Tensor | None) -> Any:
+    """The Info, in which an absent task has the weight 0 and no other number."""
+    if active is None:
+        return info
+    per_task = {
+        name: torch.where(active, value, 0.0 if name == "weights" else torch.nan)
+        for name, value in info._asdict().items()
+        if name != "memory" and isinstance(value, Tensor) and value.shape == active.shape
+    }
+    return info._replace(**per_task)
 
 
 def _without_absent(active: Tensor, new: Any, old: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gradnorm_func._balance.balancer import Info, State, balancer
@@ -57,7 +58,7 @@ def mean_weights(weights: Any, *, start: int = 0) -> Tensor:
 
     Args:
         weights: (steps, T) weights over time, or a history (an Info stacked over time, as `train` returns it); of the
-            runs of a sweep, (R, steps, T).
+            runs of a sweep, (R, steps, T). Steps in which a history has no loss of a task do not count for it.
         start: the first step that counts, to leave a transient out.
 
     Returns:
@@ -79,4 +80,9 @@ def mean_weights(weights: Any, *, start: int = 0) -> Tensor:
     steps = over_time.shape[-2]
     if not 0 <= start < steps:
         raise ValueError(f"start={start} leaves no step of {steps}")
-    return over_time[..., start:, :].mean(-2)
+    rows, losses = over_time[..., start:, :], getattr(weights, "losses", None)
+    if not isinstance(losses, Tensor):
+        return rows.mean(-2)
+    there = ~losses[..., start:, :].isnan()  # a task that is absent has no loss, and no weight that counts
+    mean: Tensor = torch.where(there, rows, 0.0).sum(-2) / there.sum(-2).clamp(min=1)
+    return mean

@@ -263,16 +263,19 @@ def check_finite(info: Info, names: Tasks | None = None) -> None:
     if bool(info._asdict()["finite"]):
         return
     tasks = _task_names(info, names)
+    absent = (getattr(info, "weights", info.losses) == 0) & info.losses.isnan()
     for kind, values in (("loss", info.losses), ("gradient", getattr(info, "grad_norms", info.losses))):
-        bad = [repr(task) for task, ok in zip(tasks, values.isfinite().tolist(), strict=True) if not ok]
+        fine = (values.isfinite() | absent).tolist()
+        bad = [repr(task) for task, ok in zip(tasks, fine, strict=True) if not ok]
         if bad:
             raise FloatingPointError(
                 f"the {kind} of {', '.join(bad)} is not finite: the state was left as it was, so skip this step's "
                 "gradients too; if it comes again, lower the learning rate, or leave the task out with mask="
             )
     raise FloatingPointError(
-        "this step's update is not finite, though losses and gradients are: the state was left as it was; "
-        "lower the learning rate of the rotations or weights"
+        "this step's update is not finite, though losses and norms of all present tasks are: the state was left as it "
+        "was. If a mask left a task out, its loss may be any number but NaN, for 0 * NaN is NaN: replace missing "
+        "labels. Else lower the learning rate of the rotations or weights"
     )
 
 
