@@ -279,7 +279,7 @@ def test_bad_losses():
         gn.measure_losses(losses, other)
     with pytest.raises(ValueError, match=r"call backward\(\) first"):
         gn.measure_losses(losses, copies, weights=W)
-    with pytest.raises(ValueError, match="for 2 tasks"):
+    with pytest.raises(ValueError, match="weights has 2 entries, but there are 3 losses"):
         gn.measure_losses(losses, copies, weights=W[:2])
     with pytest.raises(ValueError, match="call before backward"):
         gn.measure_losses(losses, where=model["last"].weight, weights=W)
@@ -290,7 +290,7 @@ def test_bad_losses():
             torch.ones(2)
         )
     frozen = gn.fork(torch.ones(24, 4, dtype=F64), TASKS_DICT)
-    with pytest.raises(ValueError, match="the copies have no graph"):
+    with pytest.raises(ValueError, match="have no graph: was the backbone"):
         gn.measure_losses(cases.losses_of(model, frozen, batch), frozen)
 
 
@@ -509,3 +509,76 @@ def test_nothing_is_written_for_a_loss_that_is_not_finite():
 def test_a_module_dict_names_the_copies():
     heads = torch.nn.ModuleDict({"b": torch.nn.Linear(2, 1), "a": torch.nn.Linear(2, 1)})
     assert list(gn.fork(torch.ones(2, requires_grad=True), heads)) == ["b", "a"]
+
+
+# ---------------------------------------------------------------------------------------------- whose copy it is
+
+
+def two_tasks():
+    torch.manual_seed(0)
+    heads = torch.nn.ModuleDict({name: torch.nn.Linear(3, 1) for name in ("price", "kind")})
+    return torch.randn(4, 3, requires_grad=True), heads
+
+
+@pytest.mark.parametrize("tasks", [["price", "kind"], {"price", "kind"}, {"price": 0, "kind": 0}.keys()])
+def test_names_make_copies_by_name(tasks):
+    """A list of names once gave an unnamed list, in an order that was not that of the losses."""
+    z, heads = two_tasks()
+    copies = gn.fork(2 * z, tasks)
+    losses = {name: (1.0 + 9 * (name == "price")) * head(copies[name]).sum() for name, head in heads.items()}
+    norms = gn.by_name(losses, gn.measure_losses(losses, copies).grad_norms)
+    for name, norm in norms.items():
+        torch.testing.assert_close(norm, (1.0 + 9 * (name == "price")) * 2 * heads[name].weight.norm())
+
+
+def test_a_list_of_copies_beside_losses_with_names():
+    z, heads = two_tasks()
+    copies = gn.fork(2 * z, 2)
+    losses = {name: head(copy).sum() for copy, (name, head) in zip(copies, heads.items(), strict=True)}
+    with pytest.raises(ValueError, match=r"gn\.fork\(z, losses\.keys\(\)\)"):
+        gn.measure_losses(losses, copies)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_head_that_reads_the_copy_of_another_task(after):
+    """Its norm was 0, and its weight 5e11."""
+    z, heads = two_tasks()
+    copies = gn.fork(2 * z, heads)
+    losses = {"price": heads["price"](copies["kind"]).sum(), "kind": heads["kind"](copies["kind"]).sum()}
+    weights = torch.ones(2) if after else None
+    if after:
+        gn.weighted_sum(losses, weights).backward()
+    with pytest.raises(ValueError, match=r"losses\['price'\] does not read its own copy of z, but that of 'kind'"):
+        gn.measure_losses(losses, copies, weights=weights)
+
+
+def test_a_loss_that_reads_no_copy_has_the_norm_0():
+    z, heads = two_tasks()
+    copies = gn.fork(2 * z, heads)
+    losses = {"price": heads["price"].weight.square().sum(), "kind": heads["kind"](copies["kind"]).sum()}
+    norms = gn.by_name(losses, gn.measure_losses(losses, copies).grad_norms)
+    assert norms["price"] == 0
+    assert norms["kind"] > 0
+
+
+@pytest.mark.parametrize("name", ["gradnorm", "fixed_ratio", "geometric", "upgrad"])
+def test_an_absent_task_trains_nothing(name):
+    """Its head got a gradient of 12397 from labels that were no labels."""
+    z, heads = two_tasks()
+    balancer = getattr(gn, name)()
+    copies = gn.fork(2 * z, heads)
+    losses = {name: (head(copies[name]) - 1e4 * (name == "price")).square().mean() for name, head in heads.items()}
+    mask = {"price": False, "kind": True}
+    stats = gn.measure_losses(losses, copies, needs=balancer.needs)
+    _, info = balancer.balance(balancer.init(heads), stats, mask=mask)
+    if name == "upgrad":
+        gn.weigh_trunk(copies, info.weights)
+        gn.weighted_sum(losses, mask).backward()
+    else:
+        gn.weighted_sum(losses, info.weights).backward()
+    assert not heads["price"].weight.grad.any()
+    assert heads["kind"].weight.grad.any()
+    at_z = z.detach().requires_grad_()
+    (alone,) = torch.autograd.grad(heads["kind"](2 * at_z).square().mean(), at_z)
+    assert alone.norm() > 0
+    torch.testing.assert_close(z.grad, info.weights[0] * alone)

@@ -1,7 +1,7 @@
 """Every loss has the weight, the mask and the ratio of its own task, in whatever order a mapping was written."""
 
 import re
-from collections import OrderedDict, UserDict, defaultdict
+from collections import OrderedDict, UserDict, defaultdict, namedtuple
 
 import pytest
 import torch
@@ -38,7 +38,8 @@ def test_every_mapping_is_sorted(kind):
     assert state.weights.tolist() == [1.0, 0.1, 10.0]
     mask = kind({"seg": True, "depth": False, "normals": True})
     grads, _, info = gn.gradnorm(form="paper").grad(state, w, loss_fn_of(kind), None, mask=mask)
-    assert info.losses.tolist() == [60.0, 1000.0, 4.0]
+    assert info.losses[0].isnan()
+    assert info.losses[1:].tolist() == [1000.0, 4.0]
     assert info.total_loss == pytest.approx(0.1 * 1000 + 10 * 4)
     torch.testing.assert_close(grads, 2 * w * (0.1 * 500 + 10 * 2))
     logged = gn.log_dict(info, tensors)
@@ -91,7 +92,7 @@ def test_the_weighted_sum_is_that_of_the_step():
     torch.testing.assert_close(info.total_loss, total.detach())
     by_hand = sum(x * weight for x, weight in zip(LOSSES.values(), [2.4, 0.5, 0.1], strict=True)) * 5
     assert total.item() == pytest.approx(by_hand)
-    with pytest.raises(ValueError, match="returned 3 losses, but the state was made for 2"):
+    with pytest.raises(ValueError, match="weights has 2 entries, but there are 3 losses"):
         gn.weighted_sum(loss_fn_of(dict)(w, None), torch.ones(2))
 
 
@@ -166,4 +167,64 @@ def test_names_under_compile():
         found = run(state, w0, loss_fn, None, mask=mask)
         expected = gn.gradnorm(norm_ratios=LOSSES).grad(state, w0, loss_fn, None, mask=dict(mask))
         torch.testing.assert_close(found, expected, equal_nan=True)
-        assert expected[2].losses[1] == 1000
+        assert expected[2].losses[0] == 60
+
+
+# ---------------------------------------------------------------------------------------------- another order
+
+Pair = namedtuple("Pair", "seg depth")
+TWELVE = {str(i): float(i + 1) for i in range(12)}
+
+
+def test_names_beside_an_order_that_is_not_the_sorted_one():
+    """Fields of a NamedTuple and entries of a long list stand as they are, those of a dict are sorted."""
+    losses = Pair(torch.tensor(1.0), torch.tensor(10.0))
+    assert gn.weighted_sum(losses, {"seg": 1.0, "depth": 100.0}) == 1001
+    assert gn.weighted_sum({"seg": losses.seg, "depth": losses.depth}, Pair(1.0, 100.0)) == 1001
+    assert gn.weighted_sum(losses, Pair(1.0, 100.0)) == 1001
+    rows = [torch.tensor(float(i)) for i in range(12)]
+    assert gn.weighted_sum(rows, TWELVE) == sum(i * (i + 1) for i in range(12))
+    assert gn.init_state(["seg", "depth"], initial_losses={"seg": 1.0, "depth": 100.0}).initial_losses.tolist() == [
+        1,
+        100,
+    ]
+    loss_fn = lambda w, x: Pair(w[0], w[1])
+    w = torch.ones(2)
+    for balancer in (gn.static({"seg": 1.0, "depth": 100.0}), gn.fixed_ratio({"seg": 1.0, "depth": 2.0})):
+        with pytest.raises(ValueError, match=r"order \['depth', 'seg'\], but that of the tasks is \['seg', 'depth'\]"):
+            balancer.grad(balancer.init(2), w, loss_fn, None)
+    with pytest.raises(ValueError, match="give a list in that order"):
+        gn.geometric().grad(gn.geometric().init(2), w, loss_fn, None, mask={"seg": True, "depth": False})
+    twelve = gn.static(TWELVE)
+    with pytest.raises(ValueError, match="give a list in that order"):
+        twelve.grad(twelve.init(12), torch.ones(12), lambda w, x: list(w.unbind()), None)
+
+
+def test_names_of_keys_and_sets():
+    losses = {"seg": torch.tensor(1.0), "depth": torch.tensor(2.0)}
+    assert gn.task_names(losses.keys()) == gn.task_names({"seg", "depth"}) == ["depth", "seg"]
+    assert gn.by_name(losses.keys(), torch.tensor([2.0, 1.0])) == losses
+    with pytest.raises(ValueError, match=r"the order of arguments is \(tasks, values\)"):
+        gn.by_name(torch.ones(2), losses)
+
+
+@pytest.mark.parametrize(
+    ("balancer", "mask"),
+    [
+        (gn.static({"a": 1.0, "b": 2.0}), None),
+        (gn.fixed_ratio({"a": 1.0, "b": 2.0}), None),
+        (gn.gradnorm(norm_ratios={"a": 1.0, "b": 2.0}), None),
+        (gn.gradnorm(), {"a": True, "b": False}),
+    ],
+    ids=["static", "fixed_ratio", "norm_ratios", "mask"],
+)
+def test_a_loop_of_ones_own_compares_names(balancer, mask):
+    """They were paired by their places."""
+    losses = {"price": torch.ones((), requires_grad=True), "kind": torch.ones((), requires_grad=True)}
+    stats = gn.measure_losses(losses, where=list(losses.values()), needs=balancer.needs)
+    state = balancer.init(2)
+    with pytest.raises(ValueError, match=r"the names \['a', 'b'\], but the tasks are \['kind', 'price'\]"):
+        balancer.balance(state, stats, mask=mask)
+    start = gn.gradnorm().init(2, weights={"a": 1.0, "b": 2.0})
+    with pytest.raises(ValueError, match="weights has the names"):
+        gn.gradnorm().balance(start, stats)

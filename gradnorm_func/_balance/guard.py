@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._balance.seen import Seen, mask_vector, seen_of, without_absent
+from gradnorm_func._balance.start import given_by_name
 from gradnorm_func._core import tree
 from gradnorm_func._core.numerics import choose, column, full_precision
-from gradnorm_func._core.tasks import check_named
+from gradnorm_func._core.tasks import check_named, remembered_names
 from gradnorm_func._core.tracing import free_to_ask, no_graph
 from gradnorm_func._measure.plan import Needs
 from gradnorm_func._reduce.stats import TaskStats, present
@@ -72,8 +73,10 @@ class Guarded(NamedTuple):
         """
         method = self.method
         method.check(state)
-        if isinstance(stats.losses, Mapping):
-            check_named(stats.losses, grad_norms=stats.grad_norms, mask=mask, **self.named)
+        tasks = stats.losses if isinstance(stats.losses, Mapping) else remembered_names(stats.losses)
+        if tasks is not None:
+            check_named(tasks, grad_norms=stats.grad_norms, mask=mask, **self.named)
+            check_named(tasks, **given_by_name(state))
         active = mask_vector(mask, state.weights)
         with no_graph(), full_precision(state.weights):
             raw = seen_of(state.weights, stats, active)._replace(applied=applied)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._core.loss import MultiTaskLoss
-from gradnorm_func._core.tasks import Tasks, check_named, task_names, task_vector
+from gradnorm_func._core.tasks import Tasks, in_task_order, task_names, task_vector
 
 NumTasks: TypeAlias = int | Tasks  # how many tasks there are, or what says so and names them
 
@@ -38,12 +38,11 @@ def start_vector(
     count, dtype = task_count(num_tasks), start_dtype(dtype)
     if entries is None:
         return torch.full((count,), default, dtype=dtype, device=device)
-    vector = task_vector(entries, name, dtype).detach().to(dtype=dtype, device=device, copy=True)
+    ordered = entries if isinstance(num_tasks, int) else in_task_order(num_tasks, name, entries)
+    vector = task_vector(ordered, name, dtype).detach().to(dtype=dtype, device=device, copy=True)
     if vector.shape[0] != count:
         raise ValueError(f"{name} has {vector.shape[0]} entries, but num_tasks={count}")
-    if isinstance(entries, Mapping) and not isinstance(num_tasks, int):
-        check_named(num_tasks, **{name: entries})
-    elif isinstance(entries, Mapping) and not torch.compiler.is_compiling():
+    if isinstance(num_tasks, int) and not torch.compiler.is_compiling():
         setattr(vector, GIVEN, entries)  # nothing to compare the names with yet: the first step does
     return vector
 

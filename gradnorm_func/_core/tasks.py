@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, TypeAlias, TypeGuard
 
 import torch
@@ -19,7 +20,8 @@ Tasks: TypeAlias = MultiTaskLoss | Mapping[str, Any] | torch.nn.ModuleDict | Seq
 def task_names(tasks: PyTree) -> list[str]:
     """Names of the tasks, in the order of every per-task vector of this package.
 
-    Keys of any mapping come sorted (as in JAX and optree); lists, tuples and NamedTuples as they stand.
+    Keys of any mapping come sorted (as in JAX and optree), those of a set, too; lists, tuples and NamedTuples as they
+    stand: a list of names is taken to be in task order.
 
     Args:
         tasks: a `multi_task_loss`; a (T,) tensor; a list of names; or a pytree of T leaves: the losses, the dict of
@@ -40,6 +42,8 @@ def task_names(tasks: PyTree) -> list[str]:
         return [str(i) for i in range(tasks.numel())]
     if isinstance(tasks, MultiTaskLoss) and not isinstance(tasks.heads, StackedHeads):
         return [str(name) for name in tasks.names or range(len(tasks.functions))]
+    if isinstance(tasks, AbstractSet):  # a dict's keys() are one
+        tasks = dict.fromkeys(tasks, 0)
     if isinstance(tasks, (list, tuple)) and tasks and all(isinstance(name, str) for name in tasks):
         return list(tasks)
     if not isinstance(tasks, (Mapping, list, tuple, torch.nn.Module)) and callable(tasks):
@@ -69,6 +73,11 @@ def by_name(tasks: PyTree, values: Tensor) -> dict[str, Tensor]:
         {'depth': tensor(0.5000), 'seg': tensor(1.5000)}
     """
     names = task_names(tasks)
+    if not isinstance(values, Tensor):
+        raise ValueError(
+            f"values={type(values).__name__} must be a (T, ...) tensor such as info.weights; the order of arguments is "
+            "(tasks, values)"
+        )
     if len(names) != values.shape[0]:
         raise ValueError(f"values has {values.shape[0]} entries, but there are {len(names)} tasks: {names}")
     return dict(zip(names, values.unbind(), strict=True))
@@ -94,24 +103,61 @@ def weighted_sum(losses: PyTree, weights: Any) -> Tensor:
         >>> gn.weighted_sum({"seg": torch.tensor(1.0), "depth": torch.tensor(10.0)}, torch.tensor([0.5, 2.0]))
         tensor(7.)
     """
-    check_named(losses, weights=weights)
+    if hasattr(weights, "weights"):  # an Info, or a state
+        raise ValueError(f"weights={type(weights).__name__}: give its weights, gn.weighted_sum(losses, info.weights)")
+    if isinstance(losses, Tensor) and isinstance(weights, Mapping):
+        raise ValueError("losses is a tensor, and weights a dict: the order of arguments is (losses, weights)")
     vector = task_vector(losses)
-    w = task_vector(weights, "weights", vector.dtype).detach().to(vector.device)
+    w = task_vector(in_task_order(losses, "weights", weights), "weights", vector.dtype).detach().to(vector)
     if w.shape != vector.shape:
-        raise ValueError(wrong_count(vector.shape[0], w.shape[0]))
+        raise ValueError(f"weights has {w.shape[0]} entries, but there are {vector.shape[0]} losses")
     return (w * vector).sum()
 
 
+def in_task_order(tasks: PyTree, argument: str, entries: Any) -> Any:
+    """What was given by name, as a list in the order of the tasks, under whose names it must be; all else as it is."""
+    if not _is_named(entries):
+        return entries
+    names, keys = task_names(tasks), task_names(entries)
+    if sorted(keys) != sorted(names):
+        raise ValueError(
+            f"{argument} has the names {sorted(keys)}, but the tasks are {names}: give one entry for each task, under "
+            "its own name"
+        )
+    by_path = dict(zip(keys, tree.flatten(tree.by_key(entries))[0], strict=True))
+    return [by_path[name] for name in names]
+
+
 def check_named(tasks: PyTree, **named: Any) -> None:
-    """Compares the names of what was given by name with those of the tasks; what was not is in task order."""
+    """Compares what was given by name, and went into the order of its own names, with the names of the tasks; what was
+    not is in task order."""
     for argument, entries in named.items():
-        if isinstance(entries, Mapping):
-            names, keys = sorted(task_names(tasks)), sorted(task_names(entries))
-            if keys != names:
-                raise ValueError(
-                    f"{argument} has the names {keys}, but the tasks are {names}: give one entry for each task, under "
-                    "its own name"
-                )
+        in_task_order(tasks, argument, entries)
+        if _is_named(entries) and task_names(entries) != task_names(tasks):
+            raise ValueError(
+                f"{argument} was given by name, and is in the order {task_names(entries)}, but that of the tasks is "
+                f"{task_names(tasks)}: give a list in that order"
+            )
+
+
+def _is_named(entries: Any) -> bool:
+    return isinstance(entries, Mapping) or hasattr(entries, "_fields")
+
+
+# A (T,) tensor of losses that plain autograd has measured remembers the names of its tasks as an attribute, so that
+# what is given by name later can be compared with them.
+NAMES = "_task_names"
+
+
+def remember_names(vector: Tensor, tasks: PyTree) -> None:
+    """Lets a tensor know whose numbers it holds; a compiler does not ask."""
+    if not torch.compiler.is_compiling():
+        setattr(vector, NAMES, task_names(tasks))
+
+
+def remembered_names(vector: Any) -> list[str] | None:
+    """Whose numbers they are, if it is known."""
+    return None if torch.compiler.is_compiling() else getattr(vector, NAMES, None)
 
 
 def task_vector(losses: PyTree, name: str = "losses", dtype: torch.dtype | None = None) -> Tensor:

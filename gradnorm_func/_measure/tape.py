@@ -106,7 +106,7 @@ def _by_autograd(fn: Recorded, inputs: Sequence[Tensor]) -> Tape:
                     "the loss use_reentrant=False"
                 ) from error
             raise
-        return _dense(grads)
+        return dense(grads)
 
     return Tape(cut, aux, pull, outputs)
 
@@ -133,12 +133,12 @@ def _by_torch_func(fn: Recorded, inputs: Sequence[Tensor]) -> Tape:
         del last  # whoever traces frees what it likes
         with full_precision(outputs[0]):
             grads = pull_all(list(cotangents))[0]
-        return _dense(grads if wanted is None else [grads[i] for i in wanted])
+        return dense(grads if wanted is None else [grads[i] for i in wanted])
 
     return Tape(outputs, constants.put(tensors), pull, [])
 
 
-def _dense(grads: Sequence[Tensor | None]) -> Grads:
+def dense(grads: Sequence[Tensor | None]) -> Grads:
     """Those of an `Embedding(sparse=True)` are dense from here on: for norms, and for sums over tasks and copies."""
     return [grad.to_dense() if grad is not None and grad.layout is torch.sparse_coo else grad for grad in grads]
 

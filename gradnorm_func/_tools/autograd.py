@@ -15,11 +15,12 @@ from torch import Tensor
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.numerics import diagonal, promoted, row_norms, safe_sqrt
-from gradnorm_func._core.tasks import task_names, task_vector, wrong_count
+from gradnorm_func._core.tasks import in_task_order, remember_names, task_names, task_vector
 from gradnorm_func._core.tracing import inside_transform
 from gradnorm_func._measure.norms import norms_by_example
 from gradnorm_func._measure.plan import Needs
 from gradnorm_func._measure.sharded import sharded, whole
+from gradnorm_func._measure.tape import dense, nodes
 from gradnorm_func._reduce.stats import TaskStats, gramian_of
 
 
@@ -55,7 +56,7 @@ def measure_losses(
 
     Args:
         losses: T scalars with their graph: a (T,) tensor, or a pytree such as the dict of tasks.
-        copies: from `fork`, in the order of the losses: then W is z.
+        copies: from `fork`: then W is z. By name if the losses are, else in the order of the losses.
         where: instead of copies, W itself: a parameter, or a list or dict of them, at which each loss is
             differentiated on its own. Not the parameters of an FSDP2 module, for the graph does not end at those.
         weights: (T,) w_i, if (scale · Σ w_i L_i).backward() was called already; copies only. A task of weight 0 has
@@ -71,16 +72,17 @@ def measure_losses(
         micro-batches and ranks.
 
     Raises:
-        ValueError: if losses have no graph, do not match the copies, or do not depend on W, all but one of them; or
-            if there were no backward pass, but weights, or the other way round.
+        ValueError: if losses have no graph or do not match the copies, if a head was given another task's copy, if no
+            loss, or only one, depends on `where`; or if there were no backward pass, but weights, or the other way
+            round.
 
     Example:
         >>> import torch, gradnorm_func as gn
         >>> trunk, head = torch.nn.Linear(3, 2), torch.nn.Linear(2, 1)
         >>> copies = gn.fork(trunk(torch.ones(4, 3)), ["size", "fit"])
-        >>> losses = [3 * copies[0].sum(), head(copies[1]).square().mean()]
+        >>> losses = {"size": 3 * copies["size"].sum(), "fit": head(copies["fit"]).square().mean()}
         >>> stats = gn.measure_losses(losses, copies)
-        >>> bool(torch.isclose(stats.grad_norms[0], torch.tensor(72.0).sqrt()))
+        >>> bool(torch.isclose(gn.by_name(losses, stats.grad_norms)["size"], torch.tensor(72.0).sqrt()))
         True
     """
     if (copies is None) == (where is None) and (needs != "losses" or copies is not None):
@@ -89,6 +91,7 @@ def measure_losses(
         raise ValueError("measure_losses runs autograd, which torch.func does not see: use gn.measure inside of it")
     vector = whole(task_vector(losses))
     stats = TaskStats(losses=vector.detach(), num_examples=torch.as_tensor(num_examples))
+    remember_names(stats.losses, losses)
     if needs == "losses":
         return stats
     if not vector.requires_grad:
@@ -106,19 +109,24 @@ def measure_losses(
     tasks = [tree.flatten(copy)[0] for copy in _checked(copies, losses, vector.shape[0])]
     seeds = constant.expand_as(vector)
     if weights is None:
-        z_grads = _pulled(vector, tasks, seeds)
+        grads = _pulled(vector, tasks, seeds)
     else:
-        if weights.shape != vector.shape:
-            raise ValueError(wrong_count(vector.shape[0], weights.shape[0]))
-        seeds, z_grads = seeds * weights.detach().to(vector), _written(tasks)
-    return _at_copies(stats, z_grads, promoted(seeds.detach()), needs)
+        w = task_vector(in_task_order(losses, "weights", weights), "weights", vector.dtype)
+        if w.shape != vector.shape:
+            raise ValueError(f"weights has {w.shape[0]} entries, but there are {vector.shape[0]} losses")
+        seeds, grads = seeds * w.detach().to(vector), _written(tasks)
+    _require_own_copies(losses, tasks, grads)
+    return _at_copies(stats, _by_leaf(tasks, grads), promoted(seeds.detach()), needs)
 
 
-def _pulled(vector: Tensor, tasks: list[list[Tensor]], seeds: Tensor) -> list[list[Tensor]]:
-    """The gradients at the copies, of each leaf of z those of the T tasks, from a pass through the heads alone."""
+def _pulled(vector: Tensor, tasks: list[list[Tensor]], seeds: Tensor) -> Sequence[Tensor | None]:
+    """The gradients at the copies, task by task, from a pass through the heads alone."""
     flat = [leaf for leaves in tasks for leaf in leaves]
     if not all(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in flat):
-        raise ValueError("the copies have no graph: was the backbone run under no_grad, or is it frozen?")
+        raise ValueError(
+            "the copies, or some leaves of them, have no graph: was the backbone run under no_grad, or is it frozen? "
+            "What does not depend on the backbone is no part of z"
+        )
     # One pass: a copy is read by its own task alone.
     try:
         grads = torch.autograd.grad(vector, flat, seeds, retain_graph=True, allow_unused=True)
@@ -137,15 +145,33 @@ def _pulled(vector: Tensor, tasks: list[list[Tensor]], seeds: Tensor) -> list[li
             "replaced them on the way out (Accelerate does so with bfloat16: fork z.float(); DDP with "
             "find_unused_parameters)"
         )
-    return _by_leaf(tasks, grads)
+    return grads
 
 
-def _written(tasks: list[list[Tensor]]) -> list[list[Tensor]]:
+def _written(tasks: list[list[Tensor]]) -> Sequence[Tensor | None]:
     """The same, as the step's own backward pass has left them on the copies."""
     grads = [leaf.grad for leaves in tasks for leaf in leaves]
     if all(grad is None for grad in grads):
         raise ValueError("no gradient has come to the copies: call backward() first, or leave weights out")
-    return _by_leaf(tasks, grads)
+    return grads
+
+
+def _require_own_copies(losses: Any, tasks: list[list[Tensor]], grads: Sequence[Tensor | None]) -> None:
+    """Refuses a head that was given another task's copy; a loss that reads none, such as a penalty, is at z just 0."""
+    width = len(tasks[0])
+    unread = [i for i in range(len(tasks)) if all(grad is None for grad in grads[i * width : (i + 1) * width])]
+    if not unread or isinstance(losses, Tensor):
+        return
+    names, terms = task_names(losses), tree.flatten(tree.by_key(losses))[0]
+    for i in unread:
+        below = list(nodes([terms[i].grad_fn]))
+        edges = {edge for node in below for edge in node.next_functions}
+        for j, leaves in enumerate(tasks):
+            if j != i and any((leaf.grad_fn, leaf.output_nr) in edges for leaf in leaves):
+                raise ValueError(
+                    f"losses[{names[i]!r}] does not read its own copy of z, but that of {names[j]!r}: give its head "
+                    f"copies[{names[i]!r}]"
+                )
 
 
 def _by_leaf(tasks: list[list[Tensor]], grads: Sequence[Tensor | None]) -> list[list[Tensor]]:
@@ -167,10 +193,15 @@ def _at_copies(stats: TaskStats, z_grads: list[list[Tensor]], seeds: Tensor, nee
 def _checked(copies: Any, losses: Any, count: int) -> list[Any]:
     """The copies in task order."""
     if isinstance(copies, Mapping):
-        names = sorted(copies)
-        if names != task_names(losses):
-            raise ValueError(f"the copies are for the tasks {names}, but the losses are {task_names(losses)}")
-        return [copies[name] for name in names]
+        names, by_task = task_names(losses), {str(name): copy for name, copy in copies.items()}
+        if sorted(by_task) != sorted(names):
+            raise ValueError(f"the copies are for the tasks {sorted(by_task)}, but the losses are {names}")
+        return [by_task[name] for name in names]
+    if isinstance(losses, Mapping) and not isinstance(copies, Tensor):
+        raise ValueError(
+            "losses have names, and copies are a list, so that nobody knows whose copy is whose: "
+            "gn.fork(z, losses.keys()), or the dict of heads, makes copies with names"
+        )
     if isinstance(copies, Tensor) or len(copies) != count:
         size = "one tensor" if isinstance(copies, Tensor) else f"{len(copies)} of them"
         raise ValueError(f"copies: {size}, for {count} losses; they are what gn.fork(z, {count}) returned")
@@ -182,7 +213,7 @@ def _at_parameters(stats: TaskStats, losses: Any, where: Any, scale: Tensor, nee
     terms = [whole(loss) for loss in (losses.unbind() if isinstance(losses, Tensor) else tree.flatten(losses)[0])]
     leaves, treedef = tree.flatten(where)
     rows = [
-        torch.autograd.grad(loss, leaves, scale.to(loss.dtype), retain_graph=True, allow_unused=True)
+        dense(torch.autograd.grad(loss, leaves, scale.to(loss.dtype), retain_graph=True, allow_unused=True))
         if loss.requires_grad
         else [None] * len(leaves)
         for loss in terms

@@ -5,7 +5,7 @@ The step remains the caller's own `backward`, in the hooks of which a wrapper su
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class _Fork(torch.autograd.Function):
         return (sum(parts[1:], parts[0]) if parts else None), None
 
 
-def fork(z: Any, tasks: int | Mapping[str, Any] | Sequence[Any]) -> Any:
+def fork(z: Any, tasks: int | Mapping[str, Any] | Iterable[Any]) -> Any:
     r"""One copy of the representation z for each task, in the autograd graph, so that every ∂L_i/∂z can be seen.
 
     The values are those of z, and so are all gradients: a model forked inside or outside of its DDP or FSDP2 wrapper
@@ -43,13 +43,14 @@ def fork(z: Any, tasks: int | Mapping[str, Any] | Sequence[Any]) -> Any:
 
     Args:
         z: what the tasks share: a tensor, or a pytree of tensors.
-        tasks: the number of tasks, or a dict, ModuleDict or list with one entry for each (the heads, their names).
+        tasks: the number of tasks; or what has an entry for each: a dict or ModuleDict of heads, their names, a list.
 
     Returns:
-        A list of copies, or for a dict a dict with the same keys. Their gradients are kept by the backward pass.
+        A dict of copies by name, for names or what has keys; else a list. Their gradients are kept by the backward
+        pass.
 
     Raises:
-        ValueError: for fewer than two tasks.
+        ValueError: for fewer than two tasks, or what says no number of them.
 
     Example:
         >>> import torch, gradnorm_func as gn
@@ -72,26 +73,43 @@ def fork(z: Any, tasks: int | Mapping[str, Any] | Sequence[Any]) -> Any:
         >>> sum(losses.values()).backward()
 
         For heads that learn from the weighted sum, the last two lines are
-        `gn.weighted_sum(losses, info.weights).backward()`.
+        `gn.weighted_sum(losses, info.weights).backward()`. With a mask, the last one is
+        `gn.weighted_sum(losses, mask).backward()`, so that the head of an absent task learns nothing.
     """
-    count = tasks if isinstance(tasks, int) else len(tasks)
+    count, names = _entries(tasks)
     if count < 2:
         raise ValueError(f"tasks={tasks!r} makes {count} copies; balancing needs at least two tasks")
     leaves, treedef = tree.flatten(z)
+    if not all(isinstance(leaf, Tensor) for leaf in leaves):
+        raise ValueError(
+            f"z={type(z).__name__} is no tensor or pytree of tensors; the order of arguments is (z, tasks)"
+        )
     by_leaf = [_Fork.apply(leaf, count) for leaf in leaves]  # type: ignore[no-untyped-call]
     if not inside_transform():
         for copy in (copy for row in by_leaf for copy in row if copy.requires_grad):
             copy.retain_grad()
     copies = [tree.unflatten(treedef, [row[i] for row in by_leaf]) for i in range(count)]
-    names = tasks.keys() if hasattr(tasks, "keys") else None  # a ModuleDict is no Mapping
     return copies if names is None else dict(zip(names, copies, strict=True))
+
+
+def _entries(tasks: Any) -> tuple[int, list[Any] | None]:
+    """How many tasks there are, and their names, if they have some."""
+    if isinstance(tasks, int):
+        return tasks, None
+    if isinstance(tasks, (str, Tensor)) or not isinstance(tasks, Iterable):
+        raise ValueError(
+            f"tasks={type(tasks).__name__} says no number of tasks: the order of arguments is (z, tasks), and tasks a "
+            "number, the heads, or a list of names"
+        )
+    entries = list(tasks.keys() if hasattr(tasks, "keys") else tasks)  # a ModuleDict is no Mapping
+    return len(entries), entries if hasattr(tasks, "keys") or all(isinstance(x, str) for x in entries) else None
 
 
 def weigh_trunk(copies: Any, weights: Tensor) -> None:
     r"""Weighs the tasks between heads and trunk, which gets :math:`\sum_i w_i \, \partial L_i / \partial z`.
 
-    Call it before the backward pass of :math:`\sum_i L_i`: each head then learns from its own loss at weight 1, as most
-    gradient methods are published, and as weights that may be negative need.
+    Call it before the backward pass of :math:`\sum_i L_i`, over the tasks that are present: each head then learns from
+    its own loss at weight 1, as most gradient methods are published, and as weights that may be negative need.
 
     Args:
         copies: from `fork`, of a forward pass whose backward pass is still to come.
