@@ -84,7 +84,8 @@ def main_table(records: Records, optimizer: str, condition: str) -> tuple[str, d
     on all data sets."""
     mine = [key for key in records if (key.optimizer, key.condition) == (optimizer, condition)]
     names = sorted({key.data for key in mine})
-    rows = [["", "change, %", "", "worst data set", "worst task", *names]]
+    others = [name for name in names if name not in defaults.DEVELOPMENT]
+    rows = [["", "change, %", "", "held out", "worst data set", "worst task", *names]]
     found = {}
     for method in ordered(key.method for key in mine):
         by_data = against_equal(records, optimizer, condition, method)
@@ -102,11 +103,12 @@ def main_table(records: Records, optimizer: str, condition: str) -> tuple[str, d
             else ""
             for name in names
         ]
-        pooled = ["", ""]
+        pooled = ["", "", ""]
         if len(by_data) == len(names):
             found[method] = interval = bootstrap([change.mean(1) for change in by_data.values()])
             itself = (method, condition) == (REFERENCE, "normalised")
-            pooled = [str(interval), "" if itself else interval.verdict]
+            held_out = bootstrap([by_data[name].mean(1) for name in others]) if others else None
+            pooled = [str(interval), "" if itself else interval.verdict, str(held_out or "")]
         rows.append(
             [
                 method,
@@ -201,7 +203,7 @@ def report(records: Records) -> str:
     sample = next(iter(records.values()))
     of = lambda field: ", ".join(sorted({str(record[field]) for record in records.values()}))
     parts = [
-        "# Evidence",
+        "# Tables",
         "Made by `python -m benchmarks.evidence.report` of what `python -m benchmarks.evidence` measured.",
         f"Steps: {of('steps')}; paired seeds: {of('seeds')}, of initialisation and batches; "
         f"{', '.join(f'{name} {version}' for name, version in sample['versions'].items())}.",
@@ -210,7 +212,7 @@ def report(records: Records) -> str:
         "loses if its interval does not hold 0, and ties otherwise. The learning rate is tuned for every row on the "
         "validation part, on a grid that grows until the best is not at its edge († where it ended there). Rows named "
         '"searched" have four settings beside it, and are compared with "equal, searched". A method that was not run '
-        "on all data sets has no mean.",
+        "on all data sets has no mean. Held out are the data sets on which no default was chosen.",
     ]
     for optimizer in sorted({key.optimizer for key in records}):
         present = {key.condition for key in records if key.optimizer == optimizer}
