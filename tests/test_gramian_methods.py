@@ -428,6 +428,9 @@ def test_derivatives(name):
         (lambda: gn.cagrad(c=1.0), r"c=1.0 must lie in \[0, 1\)"),
         (lambda: gn.fairgrad(alpha=0), "alpha=0 must be positive"),
         (lambda: gn.nash(preference=[1.0, -1.0]), r"preference=\[1.0, -1.0\] must be positive"),
+        (lambda: gn.pcgrad(order=np.array([0, 0, 1])), r"order=array\(\[0, 0, 1\]\) must name every task"),
+        (lambda: gn.pcgrad(order=torch.tensor([1, 2])), r"order=tensor\(\[1, 2\]\) must name every task"),
+        (lambda: gn.pcgrad(order=torch.tensor(0)), r"order=tensor\(0\) must name every task"),
         (lambda: gn.pcgrad(order=[0, 0]), r"order=\[0, 0\] must name every task from 0 to T - 1 once"),
     ],
 )
@@ -440,6 +443,16 @@ def test_mistakes_are_named(make, match):
 def test_preferences_are_one_a_task(make):
     with pytest.raises(ValueError, match="preference has 2 entries, but there are 3 tasks"):
         balance(make(), draw(0, 3))
+
+
+def test_an_order_of_any_kind():
+    rows = torch.eye(3, dtype=F64) - 0.4
+    expected = balance(gn.pcgrad(order=[1, 2, 0]), rows).weights
+    assert not torch.equal(expected, balance(gn.pcgrad(), rows).weights)
+    for order in (np.array([1, 2, 0]), torch.tensor([1, 2, 0]), torch.tensor([1.0, 2.0, 0.0]), (1, 2, 0)):
+        close(balance(gn.pcgrad(order=order), rows).weights, expected, rtol=0)
+    many = torch.func.vmap(lambda order: balance(gn.pcgrad(order=order), rows).weights)(torch.tensor([[1, 2, 0]]))
+    close(many[0], expected)
 
 
 def test_an_order_is_of_all_tasks():

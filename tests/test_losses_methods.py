@@ -484,7 +484,15 @@ def test_normalized_gradients_of_any_size(size):
         (lambda: gn.relobralo(keep=1.5), "keep=1.5"),
         (lambda: gn.relobralo(temperature=0.0), "temperature=0.0"),
         (lambda: gn.uncertainty(temperature=0.0), "temperature=0.0"),
-        (lambda: gn.normalized(total="sum"), "total='sum'"),
+        (lambda: gn.normalized(total="sum"), "total='sum' must be one of 'rms', 'max', 'mean'"),
+        (lambda: gn.normalized(heads="Own"), "heads='Own' must be one of 'weighted', 'own'"),
+        (lambda: gn.fairgrad(heads="weigthed"), "heads='weigthed' must be one of 'weighted', 'own'"),
+        (lambda: gn.balancer(None, needs="loss"), "needs='loss' must be one of 'losses', 'norms', 'example_norms'"),
+        (lambda: gn.measure(torch.ones(2), list, None, needs="gramain"), "needs='gramain' must be one of 'losses'"),
+        (lambda: gn.measure(torch.ones(2), list, None, heads="Own"), "heads='Own' must be one of 'weighted', 'own'"),
+        (lambda: gn.rlw(seed=0.5), "seed=0.5 must be a whole number"),
+        (lambda: gn.rlw(seed=torch.tensor(1.0)), r"seed=tensor\(1.\) must be a whole number, an int"),
+        (lambda: gn.relobralo(seed=float("nan")), "seed=nan must be a whole number"),
     ],
 )
 def test_hyperparameters_out_of_range(make, message):
