@@ -365,7 +365,7 @@ def test_tasks_that_come_late():
     balancer = gn.relobralo(decay=0.5)
     state, weights = balancer.init(3, dtype=F64, weights=[0.5, 2.0, 0.7]), []
     for losses, mask in zip(COURSE[:4], masks, strict=False):
-        state, info = balancer.balance(state, gn.TaskStats(losses), mask=mask)
+        state, _ = balancer.balance(state, gn.TaskStats(losses), mask=mask)
         weights.append(state.weights)
     assert weights[0].tolist() == [0.5, 2.0, 0.7]
     assert weights[1][1] == weights[2][1] == 2.0

@@ -410,3 +410,26 @@ def test_equal_projections_of_a_total_by_hand():
     weights, error = equal_projections(gramian, torch.ones(3, dtype=torch.bool))
     torch.testing.assert_close(weights, torch.ones(3), rtol=1e-5, atol=0)
     torch.testing.assert_close(error, torch.tensor(0.5**0.5 * (1 - 0.5**0.5)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("draws", "count", "rank", "c", "dtype"),
+    [(3000, 12, 5, 0.4, torch.float32), (1500, 8, 4, 0.4, F64), (600, 8, 4, 0.9, F64)],
+)
+def test_near_mean_of_more_tasks_than_dimensions(draws, count, rank, c, dtype):
+    """Where Python may not ask, every one of them: what d achieves is what the dual shows possible."""
+    source = torch.Generator().manual_seed(0 if dtype == torch.float32 else 1)
+    rows = torch.randn(draws, count, rank, generator=source, dtype=dtype)
+    active = torch.ones(count, dtype=torch.bool)
+    weights, gaps = torch.func.vmap(near_mean, (0, None, None))(rows @ rows.mT, active, scalar(c))
+    assert gaps.abs().max() <= 1e-6
+    rows, w = rows.double(), weights.double() - 1 / count
+    mean, d = rows.mean(1), (weights.double().unsqueeze(1) @ rows)[:, 0]
+    radius = c * mean.norm(dim=1)
+    combined = (w.unsqueeze(1) @ rows)[:, 0] / w.sum(1, keepdim=True)
+    possible = (combined * mean).sum(1) + radius * combined.norm(dim=1)
+    achieved = (rows @ d.unsqueeze(-1))[..., 0].amin(1)
+    longest = rows.norm(dim=2).amax(1)
+    assert (achieved > 0.1).any()
+    assert (((d - mean).norm(dim=1) - radius).abs() / longest).max() <= (1e-9 if dtype == F64 else 1e-2)
+    assert ((possible - achieved) / longest.square()).max() <= (1e-9 if dtype == F64 else 1e-2)

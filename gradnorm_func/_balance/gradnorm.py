@@ -118,7 +118,8 @@ def gradnorm(
         form: see above. `state.weights` multiply the raw losses in all of them.
         floor: smallest weight after a step, relative to the mean weight (in the invariant form, of v): what keeps the
             weights of the paper's form positive.
-        burn_in: the step (counted from 0) at which L(0) is taken anew, once the start-up transient is over.
+        burn_in: the step (counted from 0), or the next turn of `every`, at which L(0) is taken anew, once the start-up
+            transient is over.
         initial_decay: L(0) ← decay * L(0) + (1 - decay) * L at every step after the first: a running mean. 1 keeps
             the first.
         where: W, as in `measure`.

@@ -27,8 +27,8 @@ class Seen(NamedTuple):
     gramian: Any = ()  # (T, T) ⟨∇_W L_i, ∇_W L_j⟩; () unless asked for
     extra: Any = ()  # what the method's own `needs` function returned
     mask: Tensor | None = None  # (T,) bool: the tasks that are present; None: all of them
-    precision: torch.dtype | None = None  # whose rounding the Gramian has, if coarser than that of the weights
     applied: bool = False  # are the weights that the rule gives those of a gradient, as in `grad` with `same_step`?
+    precision: torch.dtype | None = None  # whose rounding the Gramian has, if coarser than that of the weights
 
     @property
     def active(self) -> Tensor:
@@ -105,7 +105,7 @@ def seen_of(weights: Tensor, stats: TaskStats, mask: Tensor | None) -> Seen:
     extra = stats.extra
     if present(extra):
         extra = tree.tree_map(lambda leaf: constant(torch.as_tensor(leaf).to(weights)), extra)
-    return Seen(losses, norms, example_norms, gramian, extra, mask, precision)
+    return Seen(losses, norms, example_norms, gramian, extra, mask, precision=precision)
 
 
 def without_absent(seen: Seen) -> Seen:
