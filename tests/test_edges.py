@@ -190,3 +190,46 @@ def test_norms_at_a_shared_linear_near_a_stationary_point(bias):
     expected = gn.task_grad_norms(lambda p, x: loss_fn(p, x), double, h.double(), where=where)
     assert 1e-7 < expected[1] < 1e-5
     torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-7)
+
+
+@pytest.mark.parametrize("heads", ["dict", "stacked"])
+def test_a_batch_of_no_examples(heads):
+    """Its gradients at z have no entries, so that every norm is 0, and so is the mean over examples."""
+    if heads == "dict":
+        parts = {"a": lambda p, z, x: z.sum(), "b": lambda p, z, x: z.square().sum()}
+        params = {"w": torch.ones(3, 2)}
+    else:
+        parts, params = gn.stacked_heads(lambda p, z, x: (z @ p["v"]).sum(), "heads"), {"heads.v": torch.ones(2, 2)}
+        params["w"] = torch.ones(3, 2)
+    loss_fn = gn.multi_task_loss(lambda p, x: x @ p["w"], parts)
+    zeros = torch.zeros(2)
+    stats = gn.measure(params, loss_fn, torch.ones(0, 3))
+    torch.testing.assert_close((stats.grad_norms, stats.example_norms), (zeros, zeros), rtol=0, atol=0)
+    assert (gn.measure(params, loss_fn, torch.ones(1, 3)).example_norms > 1).all()
+    balancer = gn.fixed_ratio()
+    grads, _, info = balancer.grad(balancer.init(2), params, loss_fn, torch.ones(0, 3))
+    assert info.finite
+    assert not grads["w"].any()
+
+
+def test_a_copy_with_no_entries():
+    """One leaf of z is empty, and the norms are those of the other."""
+    trunk, x = torch.nn.Linear(3, 4), torch.ones(2, 3)
+    copies = gn.fork({"full": trunk(x), "empty": trunk(x)[:, :0]}, 2)
+    losses = [(i + 1) * (copy["full"].sum() + copy["empty"].sum()) for i, copy in enumerate(copies)]
+    stats = gn.measure_losses(losses, copies)
+    torch.testing.assert_close(stats.grad_norms, torch.tensor([8.0, 32.0]).sqrt())
+    torch.testing.assert_close(stats.example_norms, torch.tensor([2.0, 4.0]))
+
+
+def test_the_gramian_at_a_complex_z():
+    """That of the real and imaginary parts."""
+    z = torch.fft.fft(torch.randn(4, 3, dtype=torch.float64, requires_grad=True), dim=1)
+    copies = gn.fork(z, 2)
+    losses = [copies[0].abs().square().mean(), (copies[1] * (1 + 2j)).real.sum() + copies[1].imag.square().sum()]
+    pulled = [torch.autograd.grad(loss, copy, retain_graph=True)[0] for loss, copy in zip(losses, copies, strict=True)]
+    rows = torch.stack([torch.view_as_real(grad).flatten() for grad in pulled])
+    stats = gn.measure_losses(losses, copies, needs="gramian")
+    assert abs(rows[0] @ rows[1]) > 1e-2
+    torch.testing.assert_close(stats.gramian, rows @ rows.T)
+    torch.testing.assert_close(stats.grad_norms, rows.norm(dim=1))

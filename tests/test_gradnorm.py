@@ -4,6 +4,7 @@ import functools
 import math
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 from toys import leaves, make_batch, make_problem, same_bits
@@ -252,6 +253,28 @@ def test_burn_in_takes_them_anew():
         state, _ = step(state, [10.0 - t, 20.0], [1.0, 1.0], burn_in=2)
         seen.append(state.initial_losses[0].item())
     assert seen == [10, 10, 8, 8, 8]
+
+
+def test_a_burn_in_of_any_kind_waits_for_its_turn():
+    """Between the turns of `every` a state stays: L(0) is that of the next turn, step 4."""
+
+    def initial(burn_in, every):
+        state = start()
+        for t in range(7):
+            state, _ = step(state, [10.0 - t, 20.0], [1.0, 1.0], burn_in=burn_in, every=every)
+        return state.initial_losses
+
+    for burn_in in (3, 3.0, torch.tensor(3), torch.tensor(3.0), np.int64(3)):
+        torch.testing.assert_close(initial(burn_in, 2), torch.tensor([6.0, 20.0], dtype=F64), rtol=0, atol=0)
+        torch.testing.assert_close(initial(burn_in, 1), torch.tensor([7.0, 20.0], dtype=F64), rtol=0, atol=0)
+    runs = torch.func.vmap(lambda burn_in: initial(burn_in, 2))(torch.tensor([2, 3, 6]))
+    torch.testing.assert_close(runs[:, 0], torch.tensor([8.0, 6.0, 4.0], dtype=F64), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("burn_in", [-1, 2.5, math.inf, math.nan])
+def test_a_burn_in_is_a_number_of_steps(burn_in):
+    with pytest.raises(ValueError, match=rf"burn_in={burn_in} counts steps from 0: give a whole number"):
+        gn.gradnorm(burn_in=burn_in)
 
 
 def test_initial_decay_is_a_running_mean():

@@ -340,7 +340,7 @@ def test_the_others_are_as_without_an_absent_task(name, count):
         noise = torch.where(active[:, None], rows, torch.nan)
         found = weights(name, noise, losses=losses, mask=active)
         close(found[active], weights(name, rows[active], losses=losses[active]))
-        assert found[absent] == 1  # as it was before
+        assert found[absent] == 0  # it trains nothing
 
 
 @every
@@ -354,6 +354,31 @@ def test_what_is_not_finite_is_refused(name):
         _, info = balancer.balance(balancer.init(3, dtype=F64), stats)
         assert not info.finite
         assert torch.equal(info.weights, torch.ones(3, dtype=F64))
+
+
+@every
+def test_a_state_of_float64_on_a_model_of_float32(name):
+    """The rounding is that of the Gramian, of which dependent tasks have no more than that in some directions."""
+    rows, losses = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.linspace(1, 2, 6)
+    stats, balancer = gn.TaskStats(losses, rows.norm(dim=1), gramian=rows @ rows.T), BALANCERS[name](None)
+    expected = balancer.balance(balancer.init(6), stats)[1]
+    state, info = balancer.balance(balancer.init(6, dtype=F64), stats)
+    assert info.weights.dtype == info.memory.dtype == state.memory.dtype == F64
+    assert (expected.weights @ rows).norm() > 0.1 or name in ("mgda", "mgda-l2", "dualproj")
+    close(info.weights, expected.weights.double(), rtol=0, atol=0)
+    close(info.memory, expected.memory.double(), rtol=0, atol=0)
+
+
+def test_aligned_of_dependent_tasks_in_both_precisions():
+    rows = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    u, s, v = torch.linalg.svd(rows.double(), full_matrices=False)
+    expected = s.min() * (u @ v).T @ torch.ones(6, dtype=F64)
+    loss_fn = lambda w, batch: rows @ w
+    for dtype in (torch.float32, F64):
+        balancer = gn.aligned()
+        grads, _, info = balancer.grad(balancer.init(6, dtype=dtype), torch.zeros(4), loss_fn, None)
+        close(grads.double(), expected, rtol=1e-4, atol=1e-5)
+        assert info.memory < 1e-6
 
 
 # ---------------------------------------------------------------------------------------------- one graph, vmap
@@ -403,6 +428,9 @@ def test_derivatives(name):
         (lambda: gn.cagrad(c=1.0), r"c=1.0 must lie in \[0, 1\)"),
         (lambda: gn.fairgrad(alpha=0), "alpha=0 must be positive"),
         (lambda: gn.nash(preference=[1.0, -1.0]), r"preference=\[1.0, -1.0\] must be positive"),
+        (lambda: gn.pcgrad(order=np.array([0, 0, 1])), r"order=array\(\[0, 0, 1\]\) must name every task"),
+        (lambda: gn.pcgrad(order=torch.tensor([1, 2])), r"order=tensor\(\[1, 2\]\) must name every task"),
+        (lambda: gn.pcgrad(order=torch.tensor(0)), r"order=tensor\(0\) must name every task"),
         (lambda: gn.pcgrad(order=[0, 0]), r"order=\[0, 0\] must name every task from 0 to T - 1 once"),
     ],
 )
@@ -415,6 +443,16 @@ def test_mistakes_are_named(make, match):
 def test_preferences_are_one_a_task(make):
     with pytest.raises(ValueError, match="preference has 2 entries, but there are 3 tasks"):
         balance(make(), draw(0, 3))
+
+
+def test_an_order_of_any_kind():
+    rows = torch.eye(3, dtype=F64) - 0.4
+    expected = balance(gn.pcgrad(order=[1, 2, 0]), rows).weights
+    assert not torch.equal(expected, balance(gn.pcgrad(), rows).weights)
+    for order in (np.array([1, 2, 0]), torch.tensor([1, 2, 0]), torch.tensor([1.0, 2.0, 0.0]), (1, 2, 0)):
+        close(balance(gn.pcgrad(order=order), rows).weights, expected, rtol=0)
+    many = torch.func.vmap(lambda order: balance(gn.pcgrad(order=order), rows).weights)(torch.tensor([[1, 2, 0]]))
+    close(many[0], expected)
 
 
 def test_an_order_is_of_all_tasks():

@@ -337,13 +337,13 @@ def test_scales_change_nothing(name):
 
 @pytest.mark.parametrize("name", [*FREE, *RATES, *STATIC])
 def test_an_absent_task_leaves_a_run_of_the_others(name):
-    """Whatever its loss; and it keeps its weight."""
+    """Whatever its loss; and it trains nothing."""
     balancer = {**FREE, **RATES, **STATIC}[name]()
     course = COURSE[:, [0, 1, 1, 2]].clone()
     course[:, 2] = torch.nan
     found = weights_of(balancer, course, [[True, True, False, True]] * len(course))
     close(found[:, [0, 1, 3]], weights_of(balancer))
-    assert (found[:, 2] == balancer.init(4, dtype=F64).weights[2]).all()
+    assert not found[:, 2].any()
 
 
 def test_dwa_of_a_task_that_is_absent_where_an_epoch_ends():
@@ -365,8 +365,8 @@ def test_tasks_that_come_late():
     balancer = gn.relobralo(decay=0.5)
     state, weights = balancer.init(3, dtype=F64, weights=[0.5, 2.0, 0.7]), []
     for losses, mask in zip(COURSE[:4], masks, strict=False):
-        state, info = balancer.balance(state, gn.TaskStats(losses), mask=mask)
-        weights.append(info.weights)
+        state, _ = balancer.balance(state, gn.TaskStats(losses), mask=mask)
+        weights.append(state.weights)
     assert weights[0].tolist() == [0.5, 2.0, 0.7]
     assert weights[1][1] == weights[2][1] == 2.0
     close(weights[3][1], 3 * softmax(COURSE[3] / COURSE[2], 0)[1])
@@ -462,7 +462,7 @@ def test_normalized_without_an_absent_task(total):
     _, info = balancer.balance(balancer.init(3, dtype=F64), stats, mask=[True, False, True])
     _, pair = balancer.balance(balancer.init(2, dtype=F64), gn.TaskStats(COURSE[0, ::2], norms[::2]))
     close(info.weights[::2], pair.weights)
-    assert info.weights[1] == 1
+    assert info.weights[1] == 0
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
@@ -484,7 +484,15 @@ def test_normalized_gradients_of_any_size(size):
         (lambda: gn.relobralo(keep=1.5), "keep=1.5"),
         (lambda: gn.relobralo(temperature=0.0), "temperature=0.0"),
         (lambda: gn.uncertainty(temperature=0.0), "temperature=0.0"),
-        (lambda: gn.normalized(total="sum"), "total='sum'"),
+        (lambda: gn.normalized(total="sum"), "total='sum' must be one of 'rms', 'max', 'mean'"),
+        (lambda: gn.normalized(heads="Own"), "heads='Own' must be one of 'weighted', 'own'"),
+        (lambda: gn.fairgrad(heads="weigthed"), "heads='weigthed' must be one of 'weighted', 'own'"),
+        (lambda: gn.balancer(None, needs="loss"), "needs='loss' must be one of 'losses', 'norms', 'example_norms'"),
+        (lambda: gn.measure(torch.ones(2), list, None, needs="gramain"), "needs='gramain' must be one of 'losses'"),
+        (lambda: gn.measure(torch.ones(2), list, None, heads="Own"), "heads='Own' must be one of 'weighted', 'own'"),
+        (lambda: gn.rlw(seed=0.5), "seed=0.5 must be a whole number"),
+        (lambda: gn.rlw(seed=torch.tensor(1.0)), r"seed=tensor\(1.\) must be a whole number, an int"),
+        (lambda: gn.relobralo(seed=float("nan")), "seed=nan must be a whole number"),
     ],
 )
 def test_hyperparameters_out_of_range(make, message):

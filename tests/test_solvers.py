@@ -5,7 +5,7 @@ import pytest
 import scipy.optimize
 import torch
 
-from gradnorm_func._solvers import equal, fair, trust
+from gradnorm_func._solvers import fair, trust
 from gradnorm_func._solvers import nnls as least_squares
 from gradnorm_func._solvers.aligned import align
 from gradnorm_func._solvers.cone import project_each, project_mean
@@ -301,16 +301,21 @@ def check_fair(rows, kind):
             assert (weights @ rows).square().sum() <= len(rows) * (1 + 1e-6)
 
 
+def equal_direction(rows):
+    """ConFIG's d, pinv(units) 1 in its own length, and whether its projections are equal: from the gradients."""
+    units = rows / rows.norm(dim=1, keepdim=True)
+    a = torch.from_numpy(np.linalg.pinv(units.numpy(), rcond=1e-7)) @ torch.ones(len(rows), dtype=F64)
+    return a / a.norm() * (rows @ a).sum() / a.norm(), (units @ a - 1).abs().max() < 1e-6
+
+
 def check_equal(rows, kind):
     weights, error = equal_projections(rows @ rows.T, everyone(rows))
     length = rows.norm(dim=1)
-    if len(rows) == 2:  # a multiple of it, which has a limit for opposite gradients
-        torch.testing.assert_close(weights, 1 / length, rtol=1e-12, atol=0)
+    if len(rows) == 2:  # which has a limit for opposite gradients
+        torch.testing.assert_close(weights, length.mean() / length, rtol=1e-12, atol=0)
         return
-    units = rows / length[:, None]
-    expected = torch.from_numpy(np.linalg.pinv(units.numpy(), rcond=1e-7)) @ torch.ones(len(rows), dtype=F64)
-    near(weights @ rows, expected, max(expected.norm(), 1e-4))
-    solvable = (units @ expected - 1).abs().max() < 1e-6
+    expected, solvable = equal_direction(rows)
+    near(weights @ rows, expected, expected.norm())
     assert (error <= BAR) == solvable
 
 
@@ -366,7 +371,7 @@ def test_many_draws(name, kind, count):
 @pytest.mark.parametrize("name", CHECKS)
 def test_without_asking(name, kind, count, monkeypatch):
     """As on a device: fixed work, no early exit."""
-    for module in (least_squares, trust, fair, equal):
+    for module in (least_squares, trust, fair):
         monkeypatch.setattr(module, "free_to_ask", lambda x: False)
     for seed in range(3):
         CHECKS[name](draw(kind, count, seed), kind)
@@ -379,3 +384,52 @@ def test_rotations_find_the_eigenvalues(count):
     torch.testing.assert_close(values.sort()[0], torch.linalg.eigvalsh(rows @ rows.T), rtol=1e-11, atol=1e-11)
     torch.testing.assert_close((vectors * values) @ vectors.T, rows @ rows.T, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(vectors.T @ vectors, torch.eye(count, dtype=F64))
+
+
+@pytest.mark.parametrize(("count", "rank"), [(3, 2), (4, 3), (6, 4), (8, 7), (32, 20)])
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_equal_projections_of_dependent_gradients(count, rank, dtype):
+    """More tasks than dimensions, or a total among the tasks: a float32 Gramian has no null space but for rounding."""
+    for seed in range(20):
+        source = torch.Generator().manual_seed(seed)
+        rows = torch.randn(count, rank, generator=source)
+        wide = torch.randn(count, 100, generator=source)
+        wide[-1] = wide[0] + wide[1]
+        for gradients in (rows.to(dtype), wide.to(dtype)):
+            weights, error = equal_projections(gradients @ gradients.T, everyone(gradients))
+            expected, solvable = equal_direction(gradients.double())
+            assert not solvable
+            assert error > 1e-3
+            assert expected.norm() > 1e-3
+            off = (weights.double() @ gradients.double() - expected).norm() / expected.norm()
+            assert off <= (1e-9 if dtype == F64 else 2e-2)
+
+
+def test_equal_projections_of_a_total_by_hand():
+    gramian = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 2.0]])
+    weights, error = equal_projections(gramian, torch.ones(3, dtype=torch.bool))
+    torch.testing.assert_close(weights, torch.ones(3), rtol=1e-5, atol=0)
+    torch.testing.assert_close(error, torch.tensor(0.5**0.5 * (1 - 0.5**0.5)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("draws", "count", "rank", "c", "dtype"),
+    [(3000, 12, 5, 0.4, torch.float32), (1500, 8, 4, 0.4, F64), (600, 8, 4, 0.9, F64)],
+)
+def test_near_mean_of_more_tasks_than_dimensions(draws, count, rank, c, dtype):
+    """Where Python may not ask, every one of them: what d achieves is what the dual shows possible."""
+    source = torch.Generator().manual_seed(0 if dtype == torch.float32 else 1)
+    rows = torch.randn(draws, count, rank, generator=source, dtype=dtype)
+    active = torch.ones(count, dtype=torch.bool)
+    weights, gaps = torch.func.vmap(near_mean, (0, None, None))(rows @ rows.mT, active, scalar(c))
+    assert gaps.abs().max() <= 1e-6
+    rows, w = rows.double(), weights.double() - 1 / count
+    mean, d = rows.mean(1), (weights.double().unsqueeze(1) @ rows)[:, 0]
+    radius = c * mean.norm(dim=1)
+    combined = (w.unsqueeze(1) @ rows)[:, 0] / w.sum(1, keepdim=True)
+    possible = (combined * mean).sum(1) + radius * combined.norm(dim=1)
+    achieved = (rows @ d.unsqueeze(-1))[..., 0].amin(1)
+    longest = rows.norm(dim=2).amax(1)
+    assert (achieved > 0.1).any()
+    assert (((d - mean).norm(dim=1) - radius).abs() / longest).max() <= (1e-9 if dtype == F64 else 1e-2)
+    assert ((possible - achieved) / longest.square()).max() <= (1e-9 if dtype == F64 else 1e-2)

@@ -15,7 +15,7 @@ from gradnorm_func._balance.start import NumTasks, start_weights
 from gradnorm_func._balance.weighing import Weighing
 from gradnorm_func._core import tree
 from gradnorm_func._core.tree import Where
-from gradnorm_func._measure.plan import Heads, Needs
+from gradnorm_func._measure.plan import HEADS, NEEDS, Heads, Needs, check_word
 
 
 class State(NamedTuple):
@@ -82,7 +82,7 @@ def balancer(
         `device`.
 
     Raises:
-        ValueError: for an `every` that is no number of steps.
+        ValueError: for an `every` that is no number of steps, or another word for `needs` or `heads`.
 
     Example:
         >>> import torch, gradnorm_func as gn
@@ -98,6 +98,9 @@ def balancer(
         tensor([6., 7.])
     """
     check_every(every)
+    check_word("heads", heads, HEADS)
+    if not callable(needs):
+        check_word("needs", needs, NEEDS)
     extra = needs if callable(needs) else None
     kind: Needs = "losses" if callable(needs) else needs
     default = weights

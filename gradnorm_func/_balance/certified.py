@@ -25,8 +25,13 @@ def certified(
 ) -> Balancer[State, Info]:
     """A balancer from `rule(seen) -> (weights (T,), certificate ())`, of this step's own Gramian; `named` as in
     `balancer`."""
+
+    def as_measured(_state: State, seen: Seen) -> tuple[Tensor, Tensor]:
+        weights, certificate = rule(seen.as_measured())
+        return weights, certificate.to(seen.losses.dtype)
+
     return balancer(
-        lambda _state, seen: rule(seen),
+        as_measured,
         needs="gramian",
         same_step=True,
         heads=heads,

@@ -42,7 +42,11 @@ def famo(
 
     `grad` looks first. `update` on the same batch after the step is the second look, the price of which is a forward
     pass. In a loop that never calls it (`gn.train`, `gn.sweep`) the losses of the next batch are the second look, so
-    that δ holds the differences of batches too. In a loop of one's own, calls of `balance` come in such pairs.
+    that δ holds the differences of batches too. In a loop of one's own, calls of `balance` come in such pairs: with one
+    call a step it would learn in every second step only. After the parameters' step, of the same batch::
+
+        with torch.no_grad():
+            state, _ = balancer.balance(state, gn.TaskStats(losses_of(batch)))
 
     Args:
         lower: b, T numbers in task order or a pytree like the losses; None is 0. A loss that is not above it refuses

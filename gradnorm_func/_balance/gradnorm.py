@@ -15,6 +15,7 @@ from gradnorm_func._balance.start import NumTasks, start_vector, start_weights
 from gradnorm_func._balance.weighing import Weighing
 from gradnorm_func._core import optim
 from gradnorm_func._core.tree import Where
+from gradnorm_func._measure.plan import check_word
 from gradnorm_func._reduce.stats import TaskStats
 
 
@@ -68,7 +69,7 @@ def init_state(
         >>> state.initial_losses
         tensor([2.3026, 0.6931])
     """
-    _check_form(form)
+    check_word("form", form, get_args(Form))
     w = start_weights(num_tasks, weights, dtype, device)
     initial = start_vector("initial_losses", initial_losses, num_tasks, torch.nan, dtype, device)
     moments = optim.as_optimizer(optimizer).init(w)
@@ -117,7 +118,8 @@ def gradnorm(
         form: see above. `state.weights` multiply the raw losses in all of them.
         floor: smallest weight after a step, relative to the mean weight (in the invariant form, of v): what keeps the
             weights of the paper's form positive.
-        burn_in: the step (counted from 0) at which L(0) is taken anew, once the start-up transient is over.
+        burn_in: the step (counted from 0), or the next turn of `every`, at which L(0) is taken anew, once the start-up
+            transient is over.
         initial_decay: L(0) ← decay * L(0) + (1 - decay) * L at every step after the first: a running mean. 1 keeps
             the first.
         where: W, as in `measure`.
@@ -224,18 +226,12 @@ def _method(
         raise ValueError(f"alpha={alpha} must be at least 0: 0 aims at equal norms, 1.5 is the paper's for NYUv2")
     if not isinstance(floor, Tensor) and not 0 < floor < 1:
         raise ValueError(f"floor={floor} is relative to the mean weight and must lie in (0, 1)")
-    if burn_in is not None and not isinstance(burn_in, Tensor) and burn_in < 0:
-        raise ValueError(f"burn_in={burn_in} counts steps from 0 and cannot be negative")
+    if burn_in is not None and not isinstance(burn_in, Tensor) and not (burn_in >= 0 and burn_in % 1 == 0):
+        raise ValueError(f"burn_in={burn_in} counts steps from 0: give a whole number, at least 0")
     if not isinstance(initial_decay, Tensor) and not 0 <= initial_decay <= 1:
         raise ValueError(f"initial_decay={initial_decay} must lie in [0, 1]; 1 keeps the first losses as L(0)")
-    _check_form(form)
+    check_word("form", form, get_args(Form))
     check_every(every)
-    if isinstance(burn_in, int):  # between its turns a state stays, so that the burn-in waits for the next one
+    if burn_in is not None:  # between its turns a state stays, so that the burn-in waits for the next one
         burn_in = -(-burn_in // every) * every
     return Algorithm1(alpha, optim.as_optimizer(optimizer), norm_ratios, form, floor, burn_in, initial_decay, every)
-
-
-def _check_form(form: str) -> None:
-    """A misspelt form would be taken for another one."""
-    if form not in get_args(Form):
-        raise ValueError(f"form={form!r} must be one of {', '.join(map(repr, get_args(Form)))}")

@@ -36,13 +36,13 @@ def imtl_g(*, where: Where = None, every: int = 1) -> Balancer[State, Info]:
         >>> info.weights
         tensor([0.8000, 0.2000])
 
-    Source: Liu et al. 2021, equation 8. Departures: parallel gradients, of which the paper's inverse does not exist,
+    Source: Liu et al. 2021, equation 8. Departures: dependent gradients, of which the paper's inverse does not exist,
     have the pseudoinverse's weights, and a task without a gradient weight 0. `config` has a length that cannot flip.
     """
 
     def rule(seen: Seen) -> tuple[Tensor, Tensor]:
-        a, error = equal_projections(seen.gramian, seen.active)
-        total = seen.sum(a)
-        return a / torch.where(total != 0, total, 1.0), error
+        weights, error = equal_projections(seen.gramian, seen.active)
+        total = seen.sum(weights)
+        return weights / torch.where(total != 0, total, 1.0), error
 
     return certified(rule, where, every)

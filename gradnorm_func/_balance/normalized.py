@@ -12,7 +12,7 @@ from gradnorm_func._balance.balancer import Info, State, balancer
 from gradnorm_func._balance.protocol import Balancer
 from gradnorm_func._balance.seen import Seen
 from gradnorm_func._core.tree import Where
-from gradnorm_func._measure.plan import Heads
+from gradnorm_func._measure.plan import Heads, check_word
 
 
 def normalized(
@@ -47,7 +47,7 @@ def normalized(
         Balancer. A task whose norm is exactly 0 has the weight 0.
 
     Raises:
-        ValueError: for a `total` of another name.
+        ValueError: for another word for `total` or `heads`.
 
     Example:
         >>> import torch, gradnorm_func as gn
@@ -61,8 +61,7 @@ def normalized(
     squares is their mean here, and the clip is the caller's.
     """
     lengths: dict[str, Callable[[Seen], Tensor]] = {"rms": _rms, "max": _max, "mean": _mean}
-    if total not in lengths:
-        raise ValueError(f"total={total!r} must be one of {', '.join(map(repr, lengths))}")
+    check_word("total", total, lengths)
 
     def rule(_state: State, seen: Seen) -> tuple[Tensor, tuple[()]]:
         long = seen.norms != 0

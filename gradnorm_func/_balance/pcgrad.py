@@ -11,6 +11,7 @@ from gradnorm_func._balance.balancer import Info, State
 from gradnorm_func._balance.certified import certified
 from gradnorm_func._balance.protocol import Balancer
 from gradnorm_func._balance.seen import Seen
+from gradnorm_func._core.tracing import free_to_ask
 from gradnorm_func._core.tree import Where
 from gradnorm_func._solvers.surgery import project_in_turn
 
@@ -48,12 +49,15 @@ def pcgrad(
     the shuffle's result, so that its order is the fixed one, and it projects p_i onto the plane of g_i, too, which
     matters after others. Heads learn from their own losses at weight 1.
     """
-    if isinstance(order, Sequence) and sorted(order) != list(range(len(order))):
-        raise ValueError(f"order={order!r} must name every task from 0 to T - 1 once")
+    if order is not None and (not isinstance(order, Tensor) or free_to_ask(order)):
+        turns = order.tolist() if hasattr(order, "tolist") else list(order)  # of a tensor, numpy, a sequence
+        if not isinstance(turns, list) or sorted(turns) != list(range(len(turns))):
+            raise ValueError(f"order={order!r} must name every task from 0 to T - 1 once")
 
     def rule(seen: Seen) -> tuple[Tensor, Tensor]:
         count, device = seen.losses.shape[0], seen.losses.device
-        turns = torch.arange(count, device=device) if order is None else torch.as_tensor(order, device=device)
+        turns = torch.arange(count) if order is None else torch.as_tensor(order)
+        turns = turns.to(device, torch.int64)
         if turns.shape[0] != count:
             raise ValueError(f"order has {turns.shape[0]} entries, but there are {count} tasks")
         return project_in_turn(seen.gramian, seen.active, turns)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradnorm_func._balance.balancer import Info, State, balancer
 from gradnorm_func._balance.protocol import Balancer
-from gradnorm_func._balance.rlw import uniform
+from gradnorm_func._balance.rlw import check_seed, uniform
 from gradnorm_func._balance.seen import Seen
 
 
@@ -63,6 +63,7 @@ def relobralo(
     Source: Bischof & Kraus 2021 and rbischof/relative_balancing. Departures: L(0) is that of the first step, theirs of
     the second; 1e-12 is not added to the divisors.
     """
+    check_seed(seed)
     for name, share in (("decay", decay), ("keep", keep)):
         if not isinstance(share, Tensor) and not 0 <= share <= 1:
             raise ValueError(f"{name}={share} must lie in [0, 1]")

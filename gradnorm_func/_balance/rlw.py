@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,9 @@ def rlw(*, seed: int = 0, every: int = 1) -> Balancer[State, Info]:
     Returns:
         Balancer.
 
+    Raises:
+        ValueError: for a seed that is no whole number.
+
     Example:
         >>> import torch, gradnorm_func as gn
         >>> balancer = gn.rlw(seed=1)
@@ -31,10 +36,19 @@ def rlw(*, seed: int = 0, every: int = 1) -> Balancer[State, Info]:
     Source: Lin et al. 2022, the normal distribution. Departure: the weights sum to T, there to 1.
     """
 
+    check_seed(seed)
+
     def rule(state: State, seen: Seen) -> tuple[Tensor, tuple[()]]:
         return seen.num_active() * seen.softmax(_normal(seed, state.step, state.weights)), ()
 
     return balancer(rule, needs="losses", same_step=True, every=every)
+
+
+def check_seed(seed: Any) -> None:
+    """Refuses what is no whole number."""
+    whole = not seed.is_floating_point() if isinstance(seed, Tensor) else hasattr(seed, "__index__")
+    if not whole:
+        raise ValueError(f"seed={seed!r} must be a whole number, an int")
 
 
 def _normal(seed: int, step: Tensor, like: Tensor) -> Tensor:

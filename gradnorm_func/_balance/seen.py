@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._core import tree
+from gradnorm_func._core.numerics import promoted
 from gradnorm_func._core.tasks import task_vector, wrong_count
 from gradnorm_func._core.tracing import constant
 from gradnorm_func._reduce.stats import TaskStats, present
@@ -27,11 +28,21 @@ class Seen(NamedTuple):
     extra: Any = ()  # what the method's own `needs` function returned
     mask: Tensor | None = None  # (T,) bool: the tasks that are present; None: all of them
     applied: bool = False  # are the weights that the rule gives those of a gradient, as in `grad` with `same_step`?
+    precision: torch.dtype | None = None  # whose rounding the Gramian has, if coarser than that of the weights
 
     @property
     def active(self) -> Tensor:
         """(T,) bool: the tasks that are present in this batch."""
         return torch.ones_like(self.losses, dtype=torch.bool) if self.mask is None else self.mask
+
+    def as_measured(self) -> Seen:
+        """The same numbers in the dtype in which the Gramian was measured, so that its rounding is known by it."""
+        dtype = self.precision
+        if dtype is None:
+            return self
+        return self._replace(
+            losses=self.losses.to(dtype), norms=self.norms.to(dtype), gramian=self.gramian.to(dtype), precision=None
+        )
 
     def num_active(self) -> int | Tensor:
         """How many they are."""
@@ -81,9 +92,12 @@ def seen_of(weights: Tensor, stats: TaskStats, mask: Tensor | None) -> Seen:
     norms = vector(stats.grad_norms, "grad_norms") if present(stats.grad_norms) else torch.full_like(losses, torch.nan)
     example_norms = vector(stats.example_norms, "example_norms") if present(stats.example_norms) else ()
     gramian: Any = ()
+    precision: torch.dtype | None = None
     if present(stats.gramian):
         if stats.gramian.shape != (count, count):
             raise ValueError(f"gramian has shape {tuple(stats.gramian.shape)}, but there are {count} tasks")
+        measured = promoted(stats.gramian).dtype
+        precision = measured if torch.finfo(measured).eps > torch.finfo(weights.dtype).eps else None
         gramian = constant(stats.gramian.to(weights))
         if mask is not None:
             eye = torch.eye(count, dtype=gramian.dtype, device=gramian.device)
@@ -91,7 +105,7 @@ def seen_of(weights: Tensor, stats: TaskStats, mask: Tensor | None) -> Seen:
     extra = stats.extra
     if present(extra):
         extra = tree.tree_map(lambda leaf: constant(torch.as_tensor(leaf).to(weights)), extra)
-    return Seen(losses, norms, example_norms, gramian, extra, mask)
+    return Seen(losses, norms, example_norms, gramian, extra, mask, precision=precision)
 
 
 def without_absent(seen: Seen) -> Seen:

@@ -57,7 +57,8 @@ def norms_by_example(z_grads: Sequence[PerTask]) -> tuple[Tensor, Tensor]:
     if any(norms.shape[1] != per_leaf[0].shape[1] for norms in per_leaf[1:]):
         per_leaf = [torch.linalg.vector_norm(norms, dim=1, keepdim=True) for norms in per_leaf]
     rows = per_leaf[0] if len(per_leaf) == 1 else torch.linalg.vector_norm(torch.stack(per_leaf), dim=0)
-    return torch.linalg.vector_norm(rows, dim=1), rows.mean(1)
+    # The mean of no examples is 0, as their norm is.
+    return torch.linalg.vector_norm(rows, dim=1), rows.mean(1) if rows.shape[1] else rows.sum(1)
 
 
 def stacked(leaf: PerTask) -> Tensor:
@@ -82,10 +83,10 @@ def _norms(z_grads: list[PerTask]) -> Tensor:
 def _example_norms(leaf: PerTask) -> Tensor:
     """(T, B) norms of one leaf of z; the leading axis of z is the example axis."""
     if isinstance(leaf, Tensor):
-        by_example = leaf.reshape(*leaf.shape[:2], -1) if leaf.ndim > 1 else leaf.reshape(-1, 1, 1)
+        by_example = leaf.flatten(2) if leaf.ndim > 2 else leaf.reshape(leaf.shape[0], -1, 1)
         norms: Tensor = torch.linalg.vector_norm(by_example, dim=2, dtype=accum_dtype(leaf))
         return norms
-    rows = [grad.reshape(*grad.shape[:1], -1) if grad.ndim else grad.reshape(1, 1) for grad in leaf]
+    rows = [grad.flatten(1) if grad.ndim > 1 else grad.reshape(-1, 1) for grad in leaf]
     return torch.stack([torch.linalg.vector_norm(row, dim=1, dtype=accum_dtype(row)) for row in rows])
 
 

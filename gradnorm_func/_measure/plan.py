@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from gradnorm_func._reduce.stats import TaskStats
 
 Needs: TypeAlias = Literal["losses", "norms", "example_norms", "gramian"]
 Heads: TypeAlias = Literal["weighted", "own"]
+NEEDS, HEADS = get_args(Needs), get_args(Heads)
 # This step's weights from this step's stats, (T,), and anything else that is to come out of the pass.
 Rule: TypeAlias = Callable[[TaskStats], tuple[Tensor, Any]]
 
@@ -147,11 +148,19 @@ def plan_of(
         raise ValueError(
             f"has_aux={has_aux}, but multi_task_loss was made with has_aux={loss_fn.has_aux}: give both the same"
         )
+    check_word("needs", needs, NEEDS)
+    check_word("heads", options.get("heads", "own"), HEADS)
     leaves, treedef = tree.flatten(params)
     tree.check_leaves(leaves, params)
     at_z = where is None and isinstance(loss_fn, MultiTaskLoss) and loss_fn.backbone is not None
     indices = None if at_z else list(range(len(leaves))) if where is None else selected(params, treedef, where)
     return Plan(loss_fn, batch, leaves, treedef, indices, where is not None, weights, needs, **options)
+
+
+def check_word(name: str, word: Any, allowed: Iterable[str]) -> None:
+    """A misspelt word would be taken for another one."""
+    if word not in tuple(allowed):
+        raise ValueError(f"{name}={word!r} must be one of {', '.join(map(repr, allowed))}")
 
 
 def selected(params: Any, treedef: Any, where: Where) -> list[int]:

@@ -140,8 +140,9 @@ def mean_of(like: S, sums: Mapping[str, Any]) -> S:
 
 
 def gramian_of(rows: list[Tensor]) -> Tensor:
-    """(T, T) inner products over all leaves (T, ...), in float32 at least."""
-    flat = [promoted(leaf.reshape(leaf.shape[0], -1)) for leaf in rows]
+    """(T, T) inner products over all leaves (T, ...), in float32 at least; of complex ones those of their two parts."""
+    parts = [torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf for leaf in rows]
+    flat = [promoted(leaf.reshape(leaf.shape[0], -1)) for leaf in parts]
     with full_precision(flat[0]):
         return sum((leaf @ leaf.mT for leaf in flat[1:]), flat[0] @ flat[0].mT)
 

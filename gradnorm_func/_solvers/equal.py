@@ -5,40 +5,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradnorm_func._core.tracing import free_to_ask
 from gradnorm_func._solvers.node import node
+from gradnorm_func._solvers.spectrum import spectrum
 from gradnorm_func._solvers.units import own_units
 
-RIDGE, SQUARE_RIDGE = 1e-10, 1e-12
-ROUNDS = 4  # of refinement; every one multiplies the error along an eigenvalue e by RIDGE / (e + RIDGE)
-SOLVED = 1e-6
+ROUNDING = 16  # an eigenvalue of C below this many T eps of the Gramian's dtype may be nothing but its rounding
 
 
 @node
 def equal_projections(gramian: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-    r"""a_i / n_i with :math:`a = C^+ 1`, and the largest error in :math:`C a = 1`.
+    r"""Weights of d, as long as the projections of all gradients on it together, and the largest error in C a = 1.
 
-    Where no direction has equal projections, a is the pseudoinverse's: the least squares. Of T = 2 it is 1, half of
-    1 + cosine times C's own, which is 0 / 0 of opposite gradients.
+    With :math:`a = C^+ 1` they are :math:`w_i = s\, a_i / n_i`, :math:`s = \sum_j n_j (C a)_j / \sum_j a_j`. Where no
+    direction has equal projections, it is that of the least squares. Directions in which C is zero, but for rounding,
+    are left out; all weights are 0 if there are no others. Of T = 2, a is 1 and has no error: half of 1 + cosine times
+    C's own, which is 0 / 0 of opposite gradients.
     """
-    units = own_units(gramian, active)
+    units = own_units(gramian, active, lifted=False)
     matrix, ones = units.cosines, units.real.double()
+    nothing = ROUNDING * len(ones) * torch.finfo(gramian.dtype).eps
     if gramian.shape[-1] == 2:
-        a, error = ones, 0 * matrix[0, 1]
+        a, projections = ones, ones
     else:
-        a, error = _refined(matrix, matrix, RIDGE, ones)
-        if not (free_to_ask(matrix) and bool(error <= SOLVED)):
-            least, least_error = _refined(matrix, matrix @ matrix, SQUARE_RIDGE, ones)
-            a, error = torch.where(error <= SOLVED, a, least), torch.where(error <= SOLVED, error, least_error)
-    return (a * units.inverses / units.size + 0 * units.lengths).to(gramian.dtype), error.to(gramian.dtype)
-
-
-def _refined(matrix: Tensor, left: Tensor, ridge: float, ones: Tensor) -> tuple[Tensor, Tensor]:
-    """a and its error, by A = C, or A = C² and so the least squares: from A + ridge I and what it leaves of 1 - C a."""
-    factor = torch.linalg.cholesky_ex(left + torch.diag_embed(torch.full_like(ones, ridge)))[0]
-    a = torch.zeros_like(ones)
-    for _ in range(ROUNDS):
-        rest = ones - matrix @ a
-        rest = rest if left is matrix else matrix @ rest
-        a = a + torch.cholesky_solve(rest.unsqueeze(-1), factor).squeeze(-1)
-    return a, (ones - matrix @ a).abs().max()
+        values, vectors = spectrum(torch.nan_to_num(matrix.detach()))
+        kept = values > nothing
+        inverse = (vectors * torch.where(kept, 1 / values, 0.0)) @ vectors.mT
+        a = inverse @ ones
+        a = a + inverse @ (ones - matrix @ a)  # once more, for the rounding; a derivative comes through here alone
+        projections = matrix @ a
+    total = a.sum()
+    found = total > nothing**2  # else all of a is rounding, and there is no direction at all
+    scale = torch.where(found, units.lengths @ projections / torch.where(found, total, 1.0), 0.0)
+    weights = scale * a * units.inverses + 0 * units.lengths
+    error = (ones - projections).abs().max() + 0 * matrix[0, 1]
+    return weights.to(gramian.dtype), error.to(gramian.dtype)

@@ -11,6 +11,7 @@ from gradnorm_func._solvers.node import node
 from gradnorm_func._solvers.units import Units, own_units
 
 TINY = 1e-300
+CORRECTIONS = 8
 
 
 @node
@@ -29,13 +30,18 @@ def near_mean(gramian: Tensor, active: Tensor, radius: Tensor) -> tuple[Tensor, 
     mean = mean / length.clamp(min=TINY)  # from here on ‖g_0‖ is 1
     c = radius.double()
     y = _two(units, mean, c) if gramian.shape[-1] == 2 else _many(units, mean, c.clamp(min=1e-6))
-    y = y * units.real
-    y = y / (y @ (units.cosines @ y)).clamp(min=TINY).sqrt()  # the direction of g_w, in units of length 1
-    slopes = units.lengths * (units.cosines @ (mean + c * y))
-    w = y * units.inverses
-    gap = (w * slopes).sum() / w.sum().clamp(min=TINY) - torch.where(units.real, slopes, slopes.max()).min()
+    y, gap = _judged(units, mean, c, y)
     weights = even + c * length * units.inverses * y
     return weights.to(gramian.dtype), (gap / length.clamp(min=TINY)).to(gramian.dtype)
+
+
+def _judged(units: Units, mean: Tensor, c: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The direction of g_w, in units of length 1, and its Frank-Wolfe gap."""
+    y = y * units.real
+    y = y / (y @ (units.cosines @ y)).clamp(min=TINY).sqrt()
+    slopes = units.lengths * (units.cosines @ (mean + c * y))
+    w = y * units.inverses
+    return y, (w * slopes).sum() / w.sum().clamp(min=TINY) - torch.where(units.real, slopes, slopes.max()).min()
 
 
 def _two(units: Units, mean: Tensor, c: Tensor) -> Tensor:
@@ -73,9 +79,15 @@ def _many(units: Units, mean: Tensor, c: Tensor) -> Tensor:
         return value / (a @ y).clamp(min=TINY) * a - slope
 
     y, s = interior(units.cosines, alone * a - slope, bound)
-    better, slopes, solved = _guess(units, a, slope, c, (y > s) & units.real)
-    nearer = torch.minimum(better, slopes).abs().max() < torch.minimum(y, s).abs().max()
-    return torch.where(solved & nearer, better.clamp(min=0), torch.where(y > s, y, 0.0))
+    positive = (y > s) & units.real
+    best, gap = _judged(units, mean, c, torch.where(positive, y, 0.0))
+    for _ in range(CORRECTIONS):  # of the set; where C is singular, one of a thousand draws needs more than one
+        y, s, solved = _guess(units, a, slope, c, positive)
+        other, less = _judged(units, mean, c, y.clamp(min=0))
+        better = solved & ((less < gap) | (gap != gap))
+        best, gap = torch.where(better, other, best), torch.where(better, less, gap)
+        positive = (torch.where(positive, y, -s) > ROUNDING) & units.real
+    return best
 
 
 def _guess(units: Units, a: Tensor, slope: Tensor, c: Tensor, positive: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,10 +21,11 @@ class Units(NamedTuple):
     active: Tensor  # (T,) bool: the tasks that are present
 
 
-def own_units(gramian: Tensor, active: Tensor) -> Units:
+def own_units(gramian: Tensor, active: Tensor, *, lifted: bool = True) -> Units:
     """The Gramian's cosines and lengths. If it is not finite, all lengths are NaN.
 
-    A Gramian in float32 may have negative eigenvalues by its rounding; as much is added to the cosines' diagonal.
+    A Gramian in float32 may have negative eigenvalues by its rounding; as much is added to the cosines' diagonal, if
+    they are to be lifted. Who looks for the directions in which C is zero wants them as they are.
     """
     exact = gramian.double()
     square = diagonal(exact)
@@ -34,7 +35,7 @@ def own_units(gramian: Tensor, active: Tensor) -> Units:
     inverses = lengths.reciprocal().masked_fill(none, 0.0)
     size = lengths.max()
     size = size + (size == 0)
-    noise = 0.0 if gramian.dtype == torch.float64 else gramian.shape[-1] * torch.finfo(gramian.dtype).eps
+    noise = gramian.shape[-1] * torch.finfo(gramian.dtype).eps if lifted and gramian.dtype != torch.float64 else 0.0
     cosines = exact * inverses.unsqueeze(-1) * inverses + torch.diag_embed(none + noise)
     broken = 0 * cosines.sum()  # NaN, if anything is
     return Units(cosines, lengths / size + broken, inverses * size + broken, size, real, active)
