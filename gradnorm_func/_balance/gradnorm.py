@@ -122,7 +122,7 @@ def gradnorm(
             transient is over.
         initial_decay: L(0) ← decay * L(0) + (1 - decay) * L at every step after the first: a running mean. 1 keeps
             the first.
-        where: W, as in `measure`.
+        where: W, as in `measure`. In a loop of one's own it is what `measure_losses` is given that counts.
         every: the weights move in every k-th step, as in `balancer`.
 
     Returns:

@@ -18,7 +18,7 @@ from gradnorm_func._core.numerics import diagonal, promoted, row_norms, safe_sqr
 from gradnorm_func._core.tasks import in_task_order, remember_names, task_names, task_vector
 from gradnorm_func._core.tracing import inside_transform
 from gradnorm_func._measure.norms import norms_by_example
-from gradnorm_func._measure.plan import Needs
+from gradnorm_func._measure.plan import NEEDS, Needs, check_word
 from gradnorm_func._measure.sharded import sharded, whole
 from gradnorm_func._measure.tape import dense, nodes
 from gradnorm_func._reduce.stats import TaskStats, gramian_of
@@ -87,6 +87,7 @@ def measure_losses(
     """
     if (copies is None) == (where is None) and (needs != "losses" or copies is not None):
         raise ValueError("give either copies (of z, from gn.fork) or where (parameters), the place of the norms")
+    check_word("needs", needs, NEEDS)
     if inside_transform():
         raise ValueError("measure_losses runs autograd, which torch.func does not see: use gn.measure inside of it")
     vector = whole(task_vector(losses))
