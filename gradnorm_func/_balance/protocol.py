@@ -57,6 +57,7 @@ class Balancer(Generic[S, I]):
             (state, info). If a loss, a norm or a new weight of a present task is not finite, the state is the old one,
             all of it, and `info.finite` is False.
         """
+        _check_stats(state, stats)
         return self._passes.balance(state, stats, mask, update)
 
     def weights(self, state: S, stats: Any, *, mask: Any = None) -> Tensor:
@@ -76,6 +77,7 @@ class Balancer(Generic[S, I]):
         Raises:
             ValueError: for a method whose weights are chosen by this step's gradients: `balance` has them.
         """
+        _check_stats(state, stats)
         return self._passes.weights(state, stats, mask)
 
     @overload
@@ -208,6 +210,16 @@ class Balancer(Generic[S, I]):
         outcome = over_batch(self._passes, state, job, "stats", None)
         new, _ = self.balance(state, outcome.stats, mask=job.mask, update=job.update)
         return (new, outcome.aux) if has_aux else new
+
+
+def _check_stats(state: Any, stats: Any) -> None:
+    """Refuses what is no state, and what is no stats."""
+    if hasattr(state, "losses") and hasattr(stats, "weights"):
+        raise ValueError(f"state={type(state).__name__}, stats={type(stats).__name__}: the order is (state, stats)")
+    if not hasattr(stats, "losses"):
+        raise ValueError(f"stats={type(stats).__name__}: give gn.measure_losses(losses, z, needs=balancer.needs)")
+    if not hasattr(state, "weights"):
+        raise ValueError(f"state={type(state).__name__} has no weights: the order is (state, stats)")
 
 
 def _job(state: Any, params: Any, loss_fn: LossFn, batch: Any, has_aux: bool, options: Mapping[str, Any]) -> Job:
