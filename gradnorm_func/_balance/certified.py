@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,8 +26,13 @@ def certified(
 ) -> Balancer[State, Info]:
     """A balancer from `rule(seen) -> (weights (T,), certificate ())`, of this step's own Gramian; `named` as in
     `balancer`."""
+
+    @functools.wraps(rule)  # whose name tells the method
+    def of_state(_state: Any, seen: Seen) -> tuple[Tensor, Any]:
+        return rule(seen)
+
     return balancer(
-        lambda _state, seen: rule(seen),
+        of_state,
         needs="gramian",
         same_step=True,
         heads=heads,

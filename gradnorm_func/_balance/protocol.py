@@ -28,6 +28,15 @@ class Balancer(Generic[S, I]):
         self.needs: Needs = needs  # what its rule looks at: for `measure` and `measure_losses`, before `balance`
         self.every = every  # the weights move in every k-th step; what is compiled is told by `update=`
 
+    def __repr__(self) -> str:
+        guarded = getattr(self._passes, "guarded", None)
+        maker = getattr(getattr(guarded, "method", None), "rule", self._init)  # what the method's function has defined
+        *_, method = getattr(maker, "__qualname__", type(maker).__name__).split(".<locals>.")[:-1] or ["a rule"]
+        method = maker.__module__.rpartition(".")[2] if method.startswith("_") else method
+        where = getattr(self._passes, "where", None)
+        shown = getattr(where, "__name__", type(where).__name__) if callable(where) else repr(where)
+        return f"Balancer({method}, needs={self.needs!r}, where={shown}, every={self.every})"
+
     def init(self, num_tasks: NumTasks, **start: Any) -> S:
         """The state before the first step.
 
