@@ -184,7 +184,7 @@ def load_state(template: State, saved: Mapping[str, Tensor]) -> State:
         A state of the type of `template`.
 
     Raises:
-        ValueError: if names or shapes differ.
+        ValueError: if names or shapes differ. Two methods that keep the same fields cannot be told apart.
 
     Example:
         >>> import torch, gradnorm_func as gn
