@@ -1,5 +1,6 @@
 """Every mistake has a message that names the argument, the value and the next thing to try, and changes nothing."""
 
+import functools
 import re
 
 import numpy as np
@@ -23,6 +24,7 @@ def stats(losses, norms=(3.0, 1.0, 2.0)):
     return gn.TaskStats(torch.tensor(losses, dtype=F64), torch.tensor(norms, dtype=F64))
 
 
+sgd = functools.partial(torch.optim.SGD, lr=0.1)
 FIXED, STATIC = gn.fixed_ratio(), gn.static()
 separable = gn.multi_task_loss(None, [lambda w, b: w.sum(), lambda w, b: w.square().sum(), lambda w, b: w.sum()])
 stacked = gn.multi_task_loss(
@@ -284,6 +286,93 @@ CALLS = {
     "dtype": (lambda s: gn.init_state(2, dtype=torch.int32), "dtype=torch.int32 must be a floating-point dtype"),
     # multi_task_loss
     "one head": (lambda s: gn.multi_task_loss(lambda p, b: b, [len]), "heads has 1 task(s); balancing needs at least"),
+    "a where that takes a model": (
+        lambda s: gn.gradnorm_grad(s, P, SEAM, B, where=lambda q: q["trunk"]),
+        "for the path 'head.0': it may be a path, where='head.0', a list of paths, or a function from a path to True",
+    ),
+    "a where that returns a path": (
+        lambda s: gn.gradnorm_grad(s, P, SEAM, B, where=lambda path: path),
+        "where= returned str for the path 'head.0': it may be a path, where='head.0', a list of paths, or a function",
+    ),
+    # the parts of a step by hand
+    "losses for stats": (
+        lambda s: gn.gradnorm().balance(s, {"a": torch.ones(()), "b": torch.ones(())}),
+        "stats=dict: give gn.measure_losses(losses, z, needs=balancer.needs)",
+    ),
+    "losses for the weights": (lambda s: STATIC.weights(STATIC.init(2), [1.0, 2.0]), "stats=list: give gn.measure"),
+    "stats first": (
+        lambda s: gn.gradnorm().balance(stats([1, 2, 3]), s),
+        "state=TaskStats, stats=GradNormState: the order is (state, stats)",
+    ),
+    "losses for a state": (lambda s: STATIC.balance({"a": 1.0}, stats([1, 2, 3])), "state=dict has no weights: the"),
+    "no norms, measure_losses": (
+        lambda s: gn.gradnorm_balance(s, gn.TaskStats([1.0, 2.0, 3.0])),
+        "or measure_losses(losses, z, needs=balancer.needs), or give update=False",
+    ),
+    "saved first": (
+        lambda s: gn.load_state(gn.state_dict(s), s),
+        "template=dict, saved=GradNormState: the order is (template, saved)",
+    ),
+    "a state for what was saved": (
+        lambda s: gn.load_state(s, s),
+        "saved=GradNormState: the order is (template, saved)",
+    ),
+    "grads first": (lambda s: gn.write_grads(P, NET), "target=dict, grads=Linear: the order is (target, grads)"),
+    "all of the result": (
+        lambda s: gn.write_grads(P, gn.gradnorm_grad(s, P, SEAM, B)),
+        "grads=tuple is all that the balancer returned: give grads, the first of the result",
+    ),
+    "a loss for T": (
+        lambda s: gn.gradnorm().init(closed_over),
+        "num_tasks=<lambda>: a plain function does not tell its tasks: give their number, init(2), or their names",
+    ),
+    "a model for T": (lambda s: gn.gradnorm().init(NET), "num_tasks=Linear: balancing needs an integer number"),
+    # train
+    "a schedule": (
+        lambda s: gn.train(P, SEAM, [B], optimizer=lambda ps: torch.optim.lr_scheduler.ExponentialLR(sgd(ps), 0.9)),
+        "optimizer returned ExponentialLR, a schedule, whose step trains nothing: return its optimizer, after",
+    ),
+    "LBFGS": (
+        lambda s: gn.train(P, SEAM, [B], optimizer=torch.optim.LBFGS),
+        "optimizer returned LBFGS, which runs the loss anew within a step, and a step has one set of weights: use",
+    ),
+    "no optimizer": (
+        lambda s: gn.train(P, SEAM, [B], optimizer=lambda ps: NET),
+        "optimizer returned Linear: it must be a function from a list of tensors to a torch.optim optimizer, such as",
+    ),
+    "an optimizer of the model": (
+        lambda s: gn.train(P, SEAM, [B], optimizer=lambda ps: sgd(NET.parameters())),
+        "optimizer returned SGD of other tensors than it was given, which are copies of params: lambda tensors: torch",
+    ),
+    "a method not called": (
+        lambda s: gn.train(P, SEAM, [B], balancer=gn.fixed_ratio),
+        "balancer=fixed_ratio is no balancer; call what makes one: balancer=gn.fixed_ratio()",
+    ),
+    "a method by name": (
+        lambda s: gn.train(P, SEAM, [B], balancer="gradnorm"),
+        "balancer='gradnorm' is no balancer; call what makes one: balancer=gn.gradnorm()",
+    ),
+    "loss_fn first, train": (
+        lambda s: gn.train(SEAM, P, [B]),
+        "params=MultiTaskLoss, loss_fn=dict: the order is (params, loss_fn, batches)",
+    ),
+    "batches second": (
+        lambda s: gn.train(P, [B], SEAM),
+        "params=dict, loss_fn=list: the order is (params, loss_fn, batches)",
+    ),
+    "one batch": (
+        lambda s: gn.train(P, SEAM, {"x": B[0]}),
+        "batches=dict: an iterable of batches is wanted, such as a DataLoader; one batch is [batch], and",
+    ),
+    "one tensor": (lambda s: gn.train(P, SEAM, B[0]), "batches=Tensor: an iterable of batches is wanted"),
+    "aux without buffers": (
+        lambda s: gn.train(P, lambda p, b: (GENERAL(p, b), {"seen": b[0].sum()}), [B]),
+        "loss_fn returns (losses, aux): give has_aux=True or, in train, buffers=model, the module whose new",
+    ),
+    "aux without buffers, seam": (
+        lambda s: gn.train(P, gn.multi_task_loss(SEAM.backbone, SEAM.heads, has_aux=True), [B]),
+        "loss_fn returns (losses, aux): give",
+    ),
     "train on nothing": (lambda s: gn.train(P, SEAM, []), "batches is empty: there was nothing to train on"),
 }
 

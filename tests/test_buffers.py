@@ -193,3 +193,40 @@ def test_batch_norm_by_functional_call_is_told_the_way():
         ValueError, match=r"writes to a tensor.*batch norm.*gn.functional\(module, prefix, buffers=True\)"
     ):
         torch.func.vmap(lambda state: balancer.grad(state, params, loss_fn, x)[2])(states)
+
+
+class Average(nn.Module):
+    """What it has seen, on average: a buffer that is None before the first batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(3, 2, **D)
+        self.register_buffer("ema", None)
+
+    def forward(self, x):
+        y = self.lin(x)
+        seen = y.detach().mean(0)
+        self.ema = seen if self.ema is None else 0.9 * self.ema + 0.1 * seen
+        return y - self.ema
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_buffer_that_is_none_at_first(compiled):
+    model, twin = nn.ModuleDict({"trunk": Average()}), Average()
+    twin.load_state_dict(model["trunk"].state_dict())
+    params, silent = dict(model.named_parameters()), gn.functional(model["trunk"], "trunk")
+    call = gn.functional(model["trunk"], "trunk", buffers=True)
+    run = torch.compile(lambda params, x: call(params, x), fullgraph=True, backend="eager") if compiled else call
+    for x in batches(3):
+        out, buffers = run(params, x)
+        old = model["trunk"].ema
+        assert torch.equal(out, twin(x))
+        assert torch.equal(buffers["trunk.ema"], twin.ema)
+        assert model["trunk"].ema is old, "a call leaves the module as it was"
+        with pytest.raises(ValueError, match=r"a new value for its buffer .trunk\.ema., which would be lost"):
+            silent(params, x)
+        gn.write_buffers(model, {"trunk": buffers})
+        assert torch.equal(model["trunk"].ema, twin.ema)
+    model["trunk"].ema = None
+    once = call(params, x)[1]
+    assert torch.equal(call(params | once, x)[1]["trunk.ema"], once["trunk.ema"] * 0.9 + 0.1 * once["trunk.ema"])

@@ -137,6 +137,28 @@ def test_a_head_taken_for_w(kind):
         )
 
 
+def test_dropout_is_said_first_and_alone():
+    """It was a wall of differences, with advice about the shared_linear."""
+    net = model()
+    net["trunk"].insert(2, nn.Dropout(0.5))
+    params, loss_fn = dict(net.named_parameters()), seam(net)
+    said = r"^the loss of 'kind', 'price' is random \(dropout\?\), or keeps a .* model\.train\(\) after it$"
+    with pytest.raises(ValueError, match=said):
+        gn.check(loss_fn, params, X)
+    net.eval()
+    gn.check(loss_fn, params, X)
+
+
+@pytest.mark.parametrize("form", [lambda loss_fn: loss_fn, general], ids=["seam", "general"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_said_first_and_alone(form, bad):
+    net = model()
+    loss_fn = seam(net, closed=["kind"])
+    loss_fn.functions[1] = lambda p, z, x: (z.sum() - bad).square()
+    with pytest.raises(ValueError, match=r"^the loss of 'price' is not finite: look .* division by 0$"):
+        gn.check(form(loss_fn), dict(net.named_parameters()), X)
+
+
 def test_nothing_is_drawn_and_nothing_changed():
     problem = make_problem()
     noisy = lambda p, b: {name: loss * torch.rand(()) for name, loss in problem.general(p, b).items()}

@@ -44,6 +44,8 @@ def test_alpha_given_is_alpha_used(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "alpha = 0.7 (no search)" in out
     assert "±" not in out
+    assert "static 1/L(0)" in out
+    assert "tuned static" not in out, "nothing was tuned"
 
 
 def test_toy_prints_final_numbers_and_saves_a_figure(tmp_path, capsys):

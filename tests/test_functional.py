@@ -13,6 +13,7 @@ from toys import make_batch, same_bits
 import gradnorm_func as gn
 
 F64 = torch.float64
+D = {"dtype": F64}
 
 
 class Model(nn.Module):
@@ -70,6 +71,19 @@ def test_values_and_gradients_are_those_of_a_module_with_these_parameters(kind):
             assert_near(ours, theirs)
     assert_unchanged(module, before)
     assert torch.equal(first(module(x)), first(copy.deepcopy(module)(x))), "its own parameters are in use again"
+
+
+def test_what_is_untied_or_tied_after_the_first_call():
+    a, b = nn.Linear(3, 3, **D), nn.Linear(3, 3, **D)
+    model, x = nn.Sequential(a, b), torch.randn(4, 3, **D)
+    b.weight = a.weight
+    call = gn.functional(model)
+    for weight in (a.weight, nn.Parameter(torch.randn(3, 3, **D)), a.weight):
+        b.weight = weight
+        params = dict(model.named_parameters())
+        assert torch.equal(call(params, x), model(x))
+        doubled = {name: 2 * leaf for name, leaf in params.items()}
+        assert torch.equal(call(doubled, x), with_params(model, doubled)(x))
 
 
 def test_under_vmap_and_grad():
@@ -239,7 +253,8 @@ def test_buffers_that_the_module_replaces(compiled):
     step = torch.compile(call, fullgraph=True, backend="eager") if compiled else call
     out, buffers = step({}, x)
     assert out.tolist() == [2, 2]
-    assert list(buffers) == ["net.count"]
+    assert list(buffers) == ["net.count", "net.last"]
+    assert torch.equal(buffers["net.last"], x)
     assert buffers["net.count"] == 2
     assert step(buffers, x)[0].tolist() == [4, 4]
     assert module.count == 0

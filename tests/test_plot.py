@@ -94,8 +94,9 @@ def test_a_course_draws_the_numbers_of_the_history(function: Any) -> None:
     heights = {text.get_text(): text.get_window_extent().y0 for text in ax.texts}
     by_end = sorted(NAMES, key=lambda name: expected[-1][NAMES.index(name)])
     assert sorted(NAMES, key=heights.__getitem__) == by_end  # names stand in the order of the curves' ends
-    ends = {(line.get_color(), *line.get_xydata()[-1]) for line in ax.lines if line.get_label() == "_end"}
-    assert ends == {(line.get_color(), *line.get_xydata()[-1]) for line in task_lines(ax)}
+    keys = {(line.get_color(), line.get_marker()) for line in ax.lines if line.get_label() == "_key"}
+    assert keys == {(line.get_color(), line.get_marker()) for line in task_lines(ax)}
+    assert sum(line.get_marker() != "None" for line in ax.lines) == 2 * len(NAMES), "one marker beside a name"
 
 
 def test_lines_differ_without_colour() -> None:
@@ -425,6 +426,7 @@ def test_results_are_changes_against_the_same_seed_of_the_baseline() -> None:
 
 def test_results_that_differ_much_put_half_and_twice_at_one_distance() -> None:
     ax = plot.results({"a": [1.0, 1.0, 1.0], "b": [0.5, 2.0, 1.0]}, axis())
+    assert ax.get_xlabel() == "change of the error against a (%, log-ratio axis)"
     ax.figure.draw_without_rendering()
     half, same, twice = (ax.transData.transform((change, 0))[0] for change in (-50, 0, 100))
     assert same - half == pytest.approx(twice - same) and same - half > 10  # noqa: PT018
@@ -768,6 +770,7 @@ def test_where_pyplot_shows_figures_it_has_them_and_bad_input_leaves_none(monkey
 def test_overview_shows_all_four_and_says_what_is_missing() -> None:
     figure = plot.overview(trained(), names=NAMES, smooth=3)
     assert all(set(texts(ax)) == set(NAMES) for ax in figure.axes)
+    assert len({ax.get_title() for ax in figure.axes} - {""}) == 4
     figure.draw_without_rendering()
     figure = plot.overview(trained(balancer=gn.static()))
     assert "norms=True" in texts(figure.axes[1])[0].replace("\n", " ")

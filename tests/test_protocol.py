@@ -26,6 +26,28 @@ RESTING = ("static", "dualproj", "dwa", "relobralo")  # whose weights need not m
 TURNS = [name for name in BALANCERS if name not in RESTING]
 
 
+def test_what_a_balancer_and_a_loss_are_called():
+    assert repr(gn.gradnorm(alpha=1.5)) == "Balancer(gradnorm, needs='norms', where=None, every=1)"
+    assert repr(gn.upgrad(where="trunk", every=3)) == "Balancer(upgrad, needs='gramian', where='trunk', every=3)"
+    assert repr(gn.stch()) == "Balancer(stch, needs='losses', where=None, every=1)"
+    assert repr(gn.rotograd(4)) == "Balancer(rotograd, needs='norms', where=None, every=1)"
+
+    def inverse():
+        return gn.balancer(lambda state, seen: (1 / seen.losses, ()), needs="losses", where=lambda path: True)
+
+    assert repr(inverse()) == "Balancer(inverse, needs='losses', where=<lambda>, every=1)"
+    problem = make_problem()
+    assert repr(problem.seam) == "MultiTaskLoss(['t0', 't1', 't2'])"
+    assert repr(gn.multi_task_loss(None, [len, len])) == "MultiTaskLoss(2 tasks)"
+    assert repr(gn.multi_task_loss(len, gn.stacked_heads(len, "heads"))) == "MultiTaskLoss(stacked_heads at 'heads')"
+    for name in ("gradnorm-adam", "upgrad"):
+        balancer = BALANCERS[name](None)
+        step = torch.compile(balancer.grad, fullgraph=True, backend="eager")
+        state = balancer.init(3, dtype=F64)
+        expected = balancer.grad(state, problem.params, problem.seam, problem.batch)
+        torch.testing.assert_close(leaves(step(state, problem.params, problem.seam, problem.batch)), leaves(expected))
+
+
 def task_gradients(problem, params, batch):
     """Path -> (T, ...), by a loop of torch.autograd.grad."""
     theta = {path: leaf.clone().requires_grad_() for path, leaf in params.items()}

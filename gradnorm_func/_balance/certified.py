@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,7 +27,8 @@ def certified(
     """A balancer from `rule(seen) -> (weights (T,), certificate ())`, of this step's own Gramian; `named` as in
     `balancer`."""
 
-    def as_measured(_state: State, seen: Seen) -> tuple[Tensor, Tensor]:
+    @functools.wraps(rule)  # whose name tells the method
+    def as_measured(_state: Any, seen: Seen) -> tuple[Tensor, Any]:
         weights, certificate = rule(seen.as_measured())
         return weights, certificate.to(seen.losses.dtype)
 

@@ -110,8 +110,8 @@ class Guarded(NamedTuple):
         field = {"norms": "grad_norms", "example_norms": "grad_norms", "gramian": "gramian"}.get(self.method.needs)
         if field is not None and not present(getattr(stats, field)):
             raise ValueError(
-                f"stats has no {field}: take them by measure(..., needs={self.method.needs!r}), or give update=False, "
-                "which needs none"
+                f"stats has no {field}: take them by measure(..., needs={self.method.needs!r}) or "
+                "measure_losses(losses, z, needs=balancer.needs), or give update=False, which needs none"
             )
 
 

@@ -28,6 +28,15 @@ class Balancer(Generic[S, I]):
         self.needs: Needs = needs  # what its rule looks at: for `measure` and `measure_losses`, before `balance`
         self.every = every  # the weights move in every k-th step; what is compiled is told by `update=`
 
+    def __repr__(self) -> str:
+        guarded = getattr(self._passes, "guarded", None)
+        maker = getattr(getattr(guarded, "method", None), "rule", self._init)  # what the method's function has defined
+        *_, method = getattr(maker, "__qualname__", type(maker).__name__).split(".<locals>.")[:-1] or ["a rule"]
+        method = maker.__module__.rpartition(".")[2] if method.startswith("_") else method
+        where = getattr(self._passes, "where", None)
+        shown = getattr(where, "__name__", type(where).__name__) if callable(where) else repr(where)
+        return f"Balancer({method}, needs={self.needs!r}, where={shown}, every={self.every})"
+
     def init(self, num_tasks: NumTasks, **start: Any) -> S:
         """The state before the first step.
 
@@ -57,6 +66,7 @@ class Balancer(Generic[S, I]):
             (state, info). If a loss, a norm or a new weight of a present task is not finite, the state is the old one,
             all of it, and `info.finite` is False.
         """
+        _check_stats(state, stats)
         return self._passes.balance(state, stats, mask, update)
 
     def weights(self, state: S, stats: Any, *, mask: Any = None) -> Tensor:
@@ -76,6 +86,7 @@ class Balancer(Generic[S, I]):
         Raises:
             ValueError: for a method whose weights are chosen by this step's gradients: `balance` has them.
         """
+        _check_stats(state, stats)
         return self._passes.weights(state, stats, mask)
 
     @overload
@@ -208,6 +219,16 @@ class Balancer(Generic[S, I]):
         outcome = over_batch(self._passes, state, job, "stats", None)
         new, _ = self.balance(state, outcome.stats, mask=job.mask, update=job.update)
         return (new, outcome.aux) if has_aux else new
+
+
+def _check_stats(state: Any, stats: Any) -> None:
+    """Refuses what is no state, and what is no stats."""
+    if hasattr(state, "losses") and hasattr(stats, "weights"):
+        raise ValueError(f"state={type(state).__name__}, stats={type(stats).__name__}: the order is (state, stats)")
+    if not hasattr(stats, "losses"):
+        raise ValueError(f"stats={type(stats).__name__}: give gn.measure_losses(losses, z, needs=balancer.needs)")
+    if not hasattr(state, "weights"):
+        raise ValueError(f"state={type(state).__name__} has no weights: the order is (state, stats)")
 
 
 def _job(state: Any, params: Any, loss_fn: LossFn, batch: Any, has_aux: bool, options: Mapping[str, Any]) -> Job:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import FunctionType
 from typing import Any, TypeAlias
 
 import torch
@@ -16,10 +17,16 @@ NumTasks: TypeAlias = int | Tasks  # how many tasks there are, or what says so a
 
 def task_count(num_tasks: NumTasks) -> int:
     """T, for balancing needs two tasks."""
+    if isinstance(num_tasks, FunctionType):
+        raise ValueError(
+            f"num_tasks={num_tasks.__name__}: a plain function does not tell its tasks: give their number, "
+            "init(2), or their names, init(['depth', 'seg'])"
+        )
     known = isinstance(num_tasks, (MultiTaskLoss, Mapping, torch.nn.ModuleDict, list, tuple, Tensor))
     count = len(task_names(num_tasks)) if known else num_tasks
     if isinstance(count, bool) or not isinstance(count, int) or count < 2:
-        raise ValueError(f"num_tasks={num_tasks!r}: balancing needs an integer number of tasks, at least 2")
+        value = repr(num_tasks) if isinstance(num_tasks, (str, int, float)) else type(num_tasks).__name__
+        raise ValueError(f"num_tasks={value}: balancing needs an integer number of tasks, at least 2")
     return count
 
 

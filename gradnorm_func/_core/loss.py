@@ -73,6 +73,11 @@ class MultiTaskLoss:
         if has_aux:
             self.functions = [_with_aux(head) for head in self.functions]
 
+    def __repr__(self) -> str:
+        if isinstance(self.heads, StackedHeads):
+            return f"MultiTaskLoss(stacked_heads at {self.heads.path!r})"
+        return f"MultiTaskLoss({self.names or f'{len(self.functions)} tasks'})"
+
     def structure(self, per_task: Sequence[Any]) -> Any:
         """What belongs to each task, in task order, in the structure of `heads`."""
         if isinstance(self.heads, Mapping):

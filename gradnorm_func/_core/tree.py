@@ -87,7 +87,7 @@ def select(tree: PyTree, where: Where) -> list[int]:
         return list(range(len(names)))
     _check_where(where, names, tree)
     if callable(where):
-        selected = [i for i, name in enumerate(names) if where(name)]
+        selected = [i for i, name in enumerate(names) if _named_by(where, name)]
         if not selected:
             raise ValueError(f"where={where!r} selects no parameter; the paths are {_shorten(names)}")
         return selected
@@ -104,6 +104,24 @@ def select(tree: PyTree, where: Where) -> list[int]:
             near = difflib.get_close_matches(prefix, sorted(parents), n=3, cutoff=0.4) or names
             raise ValueError(f"where={prefix!r} matches no parameter; did you mean one of {_shorten(near)}?")
     return [i for i, name in enumerate(names) if any(_below(name, prefix) for prefix in prefixes)]
+
+
+def _named_by(where: Callable[[str], Any], name: str) -> bool:
+    """What a predicate says of a path."""
+    try:
+        found = where(name)
+    except Exception as error:
+        kind = type(error).__name__
+        raise ValueError(f"where= raised {kind} ({error}) for the path {name!r}: {_PREDICATE.format(name)}") from error
+    if isinstance(found, (str, Tensor, Mapping)):
+        raise ValueError(f"where= returned {type(found).__name__} for the path {name!r}: {_PREDICATE.format(name)}")
+    return bool(found)
+
+
+_PREDICATE = (
+    "it may be a path, where={0!r}, a list of paths, or a function from a path to True or False, "
+    'where=lambda path: path.startswith("trunk")'
+)
 
 
 def lookup(tree: PyTree, path: str) -> Any:

@@ -10,12 +10,22 @@ from torch import Tensor
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import LossFn, MultiTaskLoss, SharedLinear
 from gradnorm_func._core.numerics import row_norms
-from gradnorm_func._core.tasks import task_names
+from gradnorm_func._core.tasks import task_names, task_vector
 from gradnorm_func._core.tree import Tensors, Where
 from gradnorm_func._measure.general import general
 from gradnorm_func._measure.measure import as_tree, run_engine
-from gradnorm_func._measure.plan import Plan, plan_of
-from gradnorm_func._measure.reach import CLOSED_OVER, Reach, ends_of, private_where, reach_of, twice_message
+from gradnorm_func._measure.plan import Plan, plan_of, split_aux
+from gradnorm_func._measure.reach import (
+    CLOSED_OVER,
+    Reach,
+    ends_of,
+    private_where,
+    reach_of,
+    refuse_aux,
+    same_random_numbers,
+    twice_message,
+)
+from gradnorm_func._measure.tape import leaves_of
 
 
 def check(
@@ -35,8 +45,10 @@ def check(
     - A `where` that at most one task reads, such as another task's head.
     - A backbone that applies the `shared_linear` itself, which then happens twice, or reads its weight besides.
     - A `multi_task_loss` whose gradients are not those of the general engine, which is slow and assumes nothing: a head
-      that reads the weight of a `shared_linear` past z; a random operation (dropout) or hidden state in the loss, for
-      then no two passes agree: check it in eval mode.
+      that reads the weight of a `shared_linear` past z.
+
+    Before all that, and alone: losses that are not finite; losses of a `multi_task_loss` that are others when it is run
+    again, such as those with dropout in train mode, for then no two passes agree.
 
     Args:
         loss_fn: any.
@@ -67,6 +79,8 @@ def check(
         ValueError: the seam misses part of these task gradients: task 'sly' at 'w' (relative difference 0.78)...
     """
     plan = plan_of(params, loss_fn, batch, where, None, "norms", has_aux=has_aux)
+    if unsteady := _not_finite_or_random(plan, rtol):
+        raise ValueError(unsteady)
     reach = reach_of(plan)
     findings = [_cut_off(reach), _closed_over(plan, reach), private_where(plan, reach), _applied_twice(plan)]
     if isinstance(loss_fn, MultiTaskLoss):
@@ -98,6 +112,33 @@ def _unread(plan: Plan, reach: Reach) -> list[str]:
 
 def _paths(plan: Plan) -> list[str]:
     return tree.paths(plan.params(plan.leaves))
+
+
+def _not_finite_or_random(plan: Plan, rtol: float | None) -> str:
+    """Losses of which nothing else can be said: they are run twice. Random ones cannot be compared with the general
+    engine's."""
+    leaves = leaves_of(plan.leaves)
+    with same_random_numbers(leaves), torch.enable_grad():
+        runs = [split_aux(plan.loss_fn(plan.params(leaves), plan.batch), plan.has_aux)[0] for _ in range(2)]
+    refuse_aux(runs[0])
+    names, (one, other) = task_names(runs[0]), [task_vector(losses).detach() for losses in runs]
+    if bad := _those(names, ~(one.isfinite() & other.isfinite())):
+        return f"the loss of {bad} is not finite: look for it in the labels, or in a log or a division by 0"
+    differs = (one - other).abs() > _limit(one.dtype, rtol) * one.abs()
+    if isinstance(plan.loss_fn, MultiTaskLoss) and (bad := _those(names, differs)):
+        return (
+            f"the loss of {bad} is random (dropout?), or keeps a state: two calls on one batch differ. Call "
+            "model.eval() for the check, and model.train() after it"
+        )
+    return ""
+
+
+def _those(names: list[str], chosen: Tensor) -> str:
+    return ", ".join(repr(name) for name, yes in zip(names, chosen.tolist(), strict=True) if yes)
+
+
+def _limit(dtype: torch.dtype, rtol: float | None) -> float:
+    return (1e-8 if dtype == torch.float64 else 1e-3) if rtol is None else rtol
 
 
 def _cut_off(reach: Reach) -> str:
@@ -156,7 +197,7 @@ def _past_the_seam(
     differing = []
     whole = row_norms(exact.stats.task_grads).double()
     for path, reference in expected.items():
-        limit = (1e-8 if reference.dtype == torch.float64 else 1e-3) if rtol is None else rtol
+        limit = _limit(reference.dtype, rtol)
         for task, name in enumerate(names):
             gap = torch.linalg.vector_norm((measured[path][task] - reference[task]).double())
             size = torch.linalg.vector_norm(reference[task].double())
@@ -165,8 +206,8 @@ def _past_the_seam(
     if not differing:
         return ""
     return (
-        f"the seam misses part of these task gradients: {', '.join(differing)}. Does a head read the parameter past z, "
-        "or is something random? Let it go by way of z, or name W by a path outside the shared_linear"
+        f"the seam misses part of these task gradients: {', '.join(differing)}. Does a head read the parameter past z? "
+        "Let it go by way of z, or name W by a path outside the shared_linear"
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -19,6 +19,10 @@ from gradnorm_func._measure.tape import leaves_of, nodes
 CLOSED_OVER = (
     "does loss_fn close over a module? Write call = gn.functional(module, prefix), and in the loss call(params, x)"
 )
+AUX = (
+    "loss_fn returns (losses, aux): give has_aux=True or, in train, buffers=model, the module whose new buffers are "
+    "in aux; a loss without buffers returns the losses alone"
+)
 
 
 class Reach(NamedTuple):
@@ -33,18 +37,27 @@ class Reach(NamedTuple):
 def reach_of(plan: Plan) -> Reach:
     """From the autograd graph of the losses, which are run once more."""
     leaves = leaves_of(plan.leaves)
-    with _same_random_numbers(leaves), torch.enable_grad():
+    with same_random_numbers(leaves), torch.enable_grad():
         losses, _ = split_aux(plan.loss_fn(plan.params(leaves), plan.batch), plan.has_aux)
+    refuse_aux(losses)
     tasks, roots = task_names(losses), _roots(losses)
     reads, others = zip(*(_ends(root, leaves) for root in roots), strict=True)
     dead = [task for task, root in zip(tasks, roots, strict=True) if root is None]
     return Reach(tasks, list(reads), dead, set().union(*others))
 
 
+def refuse_aux(losses: Any) -> None:
+    """Refuses two things, the first of which is already all of the losses, and no scalar."""
+    if type(losses) is tuple and len(losses) == 2:
+        first = losses[0]
+        if first.ndim == 1 if isinstance(first, Tensor) else isinstance(first, (Mapping, list)):
+            raise ValueError(AUX)
+
+
 def ends_of(plan: Plan, part: Callable[[list[Tensor]], list[Tensor]]) -> set[int]:
     """Indices of the leaves of params that a part of the loss reads."""
     leaves = leaves_of(plan.leaves)
-    with _same_random_numbers(leaves), torch.enable_grad():
+    with same_random_numbers(leaves), torch.enable_grad():
         outputs = part(leaves)
     return set().union(*(_ends(_node(out), leaves)[0] for out in outputs))
 
@@ -71,7 +84,7 @@ def _node(x: Tensor) -> Any:
     return torch.autograd.graph.get_gradient_edge(x).node if x.requires_grad else None
 
 
-def _same_random_numbers(leaves: list[Tensor]) -> AbstractContextManager[None]:
+def same_random_numbers(leaves: list[Tensor]) -> AbstractContextManager[None]:
     """Whoever draws after this draws what he would have drawn without it."""
     return torch.random.fork_rng({x.device for x in leaves if x.is_cuda})
 

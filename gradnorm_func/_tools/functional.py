@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 
-from gradnorm_func._tools.substitute import Places
+from gradnorm_func._tools.substitute import Places, unset_buffers
 
 Params: TypeAlias = Mapping[str, Tensor]
 # The layers of torch that renew their buffers in train mode.
@@ -87,13 +87,15 @@ def _traced(
     dot = f"{prefix}." if prefix else ""
     names = [name for name, _ in module.named_parameters()]
     buffers = {name: params.get(dot + name, buffer).clone() for name, buffer in module.named_buffers()}
+    unset = {name: params.get(dot + name) for name in unset_buffers(module)}
     values = _look_up(params, [dot + name for name in names], prefix)
-    tensors = dict(zip(names, values, strict=True)) | buffers
+    tensors: dict[str, Any] = dict(zip(names, values, strict=True)) | buffers | unset
     out = torch.func.functional_call(module, tensors, args, kwargs)
     # Whether a tensor was written to is no question that a compiler answers.
     renewing = [name for name, part in module.named_modules() if isinstance(part, _RENEWING) and part.training]
     changed = [dot + name for name in buffers if name.rpartition(".")[0] in renewing]
-    return out, {dot + name: tensors[name] for name in buffers}, changed
+    changed += [dot + name for name, value in unset.items() if tensors[name] is not value]
+    return out, {dot + name: tensors[name] for name in (*buffers, *unset) if tensors[name] is not None}, changed
 
 
 def _look_up(params: Params, names: list[str], prefix: str) -> list[Tensor]:

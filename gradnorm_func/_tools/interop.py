@@ -16,6 +16,7 @@ from gradnorm_func._core import tree
 from gradnorm_func._core.tasks import Tasks, task_names
 from gradnorm_func._core.trained import Trained, apart
 from gradnorm_func._core.tree import Tensors
+from gradnorm_func._tools.substitute import unset_buffers
 
 State = TypeVar("State", bound=Tensors)
 
@@ -58,6 +59,10 @@ def write_grads(
         >>> model.weight.grad, model.bias.grad
         (tensor([[1., 1.]]), None)
     """
+    if isinstance(grads, nn.Module):
+        raise ValueError(f"target={type(target).__name__}, grads={type(grads).__name__}: the order is (target, grads)")
+    if type(grads) is tuple and len(grads) > 2 and hasattr(grads[1], "weights"):
+        raise ValueError("grads=tuple is all that the balancer returned: give grads, the first of the result")
     params, leaves, grad_leaves = _matched(target, grads)
     for path, leaf, grad in zip(tree.paths(params), leaves, grad_leaves, strict=True):
         if leaf.shape != grad.shape:
@@ -117,18 +122,19 @@ def write_buffers(module: nn.Module, aux: Any) -> None:
         >>> model.num_batches_tracked
         tensor(1)
     """
-    buffers = dict(module.named_buffers())
+    buffers, empty = dict(module.named_buffers()), unset_buffers(module)
     new: dict[str, Tensor] = {}
     for name, value in _named_tensors(aux):
-        if name in new and name in buffers:
+        if name in new and (name in buffers or name in empty):
             raise ValueError(
                 f"aux has two values for the buffer {name!r}: both calls started from the same buffers. Give the "
                 "second `params | buffers` of the first, or, for micro-batches, use buffers=False and eval() or "
                 "group norm"
             )
         new[name] = value
+    unset = {name: place for name, place in empty.items() if name in new}
     names = [name for name in buffers if name in new]
-    if not names:
+    if not names and not unset:
         raise ValueError(
             f"aux holds none of the module's buffers {list(buffers)[:4]}: return those that gn.functional(part, "
             "prefix, buffers=True) gives, with the part's path in this module as prefix"
@@ -136,6 +142,8 @@ def write_buffers(module: nn.Module, aux: Any) -> None:
     with torch.no_grad():
         for name in names:
             buffers[name].copy_(new[name])
+    for name, (holder, key) in unset.items():  # the first value of a buffer that was None
+        holder[key] = new[name].detach().clone()
 
 
 def _named_tensors(aux: Any) -> Iterator[tuple[str, Tensor]]:
@@ -176,7 +184,7 @@ def load_state(template: State, saved: Mapping[str, Tensor]) -> State:
         A state of the type of `template`.
 
     Raises:
-        ValueError: if names or shapes differ.
+        ValueError: if names or shapes differ. Two methods that keep the same fields cannot be told apart.
 
     Example:
         >>> import torch, gradnorm_func as gn
@@ -184,6 +192,11 @@ def load_state(template: State, saved: Mapping[str, Tensor]) -> State:
         >>> gn.load_state(gn.init_state(2), gn.state_dict(state)).weights
         tensor([0.5000, 1.5000])
     """
+    if not isinstance(saved, Mapping):
+        raise ValueError(
+            f"template={type(template).__name__}, saved={type(saved).__name__}: the order is (template, saved): a "
+            "fresh state of the balancer, and what gn.state_dict(state) gave"
+        )
     names, (leaves, treedef) = tree.paths(template), tree.flatten(template)
     if set(names) != set(saved):
         odd = sorted(set(names) ^ set(saved))

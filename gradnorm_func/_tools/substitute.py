@@ -30,7 +30,7 @@ class Place(NamedTuple):
 
     holder: MutableMapping[str, Any]  # `_parameters` or `_buffers` of a part of the module
     key: str
-    name: str  # in params; "" for a buffer that is None
+    name: str  # in params; "" for a parameter that is None
 
 
 class Places:
@@ -51,21 +51,28 @@ class Places:
         self.children = [part._modules for part in parts]
         self.holders = [holder for part in parts for holder in (part._parameters, part._buffers)]
         self.norms = {id(part._buffers): part for part in parts if isinstance(part, _NormBase)}
-        self.structure = self._structure()
         self.turn = _Turn(parts)
         with self.turn:  # another thread may have put its tensors there
-            parameters = _places(self.holders[::2], module.named_parameters(), dot)
+            self.structure = self._structure()
+            parameters = _places(self.holders[::2], dict(module.named_parameters()), dot)
             self.names = [place.name for place in parameters if place.name]
-            self.buffers = _places(self.holders[1::2], module.named_buffers(), dot)
+            self.buffers = _places(self.holders[1::2], dict(module.named_buffers()), dot)
+            unset = {(id(holder), key): dot + name for name, (holder, key) in unset_buffers(module).items()}
+            self.buffers = [place._replace(name=place.name or unset[id(place[0]), place.key]) for place in self.buffers]
         self.pairs = [place[:2] for place in (*(place for place in parameters if place.name), *self.buffers)]
 
     def _structure(self) -> list[Any]:
+        """Parts, keys, and which places hold one tensor: for each, the first that holds it."""
         parts = [part for children in self.children for part in children.values()]
-        return [*parts, *itertools.chain.from_iterable(self.holders)]
+        first: dict[int, int] = {}
+        tensors = itertools.chain.from_iterable(holder.values() for holder in self.holders)
+        tied = [first.setdefault(id(tensor), i) for i, tensor in enumerate(tensors)]
+        return [*parts, *itertools.chain.from_iterable(self.holders), tied]
 
     def fit(self) -> bool:
-        """Whether the module still has the parts, parameters and buffers that it had."""
-        return self._structure() == self.structure
+        """Whether the module still has the parts, parameters and buffers that it had, tied as they were."""
+        with self.turn:
+            return self._structure() == self.structure
 
     def renews(self, holder: MutableMapping[str, Any]) -> bool:
         """Whether what was written to these buffers is news: some versions of torch write the old values to those of a
@@ -118,9 +125,9 @@ class Substitution:
             self.changed = [
                 name
                 for (holder, key, name), old in zip(places.buffers, self.buffers, strict=True)
-                if name and old is not None and places.renews(holder) and _is_new(holder[key], clones[id(old)])
+                if places.renews(holder) and _is_new(holder[key], clones.get(id(old)))
             ]
-            return out, {name: holder[key] for holder, key, name in places.buffers if name}
+            return out, {name: holder[key] for holder, key, name in places.buffers if holder[key] is not None}
         finally:
             _thread.active, self.running = outer, was_running
             places.fill(before)
@@ -133,13 +140,24 @@ class Substitution:
             return self.run(function, args, {})[0]
 
 
-def _is_new(tensor: Any, clone: Tensor) -> bool:
-    """Whether another tensor stands in the place of the clone, or something was written to it."""
-    return tensor is not clone or (not clone.is_inference() and clone._version > 0)
+def _is_new(tensor: Any, clone: Tensor | None) -> bool:
+    """Whether another tensor stands in the place of the clone, or something was written to it; None is a buffer that
+    had no value."""
+    return tensor is not clone or (clone is not None and not clone.is_inference() and clone._version > 0)
 
 
-def _places(holders: list[Any], named: Iterable[tuple[str, Tensor]], dot: str) -> list[Place]:
-    names = {id(tensor): dot + name for name, tensor in named}
+def unset_buffers(module: nn.Module) -> dict[str, tuple[MutableMapping[str, Any], str]]:
+    """Where the buffers that are None stand, which `named_buffers` leaves out, by name."""
+    return {
+        f"{path}.{key}" if path else key: (part._buffers, key)
+        for path, part in module.named_modules()
+        for key, buffer in part._buffers.items()
+        if buffer is None
+    }
+
+
+def _places(holders: list[Any], named: Mapping[str, Tensor], dot: str) -> list[Place]:
+    names = {id(tensor): dot + name for name, tensor in named.items()}
     return [Place(holder, key, names.get(id(leaf), "")) for holder in holders for key, leaf in holder.items()]
 
 

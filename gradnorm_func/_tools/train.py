@@ -17,13 +17,14 @@ from gradnorm_func._balance.guard import I, S
 from gradnorm_func._balance.protocol import Balancer
 from gradnorm_func._core import tree
 from gradnorm_func._core.compiling import compiled_once
-from gradnorm_func._core.loss import LossFn
+from gradnorm_func._core.loss import LossFn, MultiTaskLoss
 from gradnorm_func._core.progress import Bar, bar
 from gradnorm_func._core.tasks import task_names, task_vector
 from gradnorm_func._core.trained import Trained
 from gradnorm_func._core.tree import Params
 from gradnorm_func._measure.check import doubts
 from gradnorm_func._measure.plan import split_aux
+from gradnorm_func._measure.reach import AUX
 from gradnorm_func._tools.interop import write_buffers, write_grads
 
 Batch = TypeVar("Batch")
@@ -101,7 +102,8 @@ def train(
         batches: any iterable: its end is the end of the training.
         balancer: `gn.gradnorm(...)` or another balancer; default: GradNorm with its defaults.
         optimizer: the parameters' optimizer, as a function from the list of tensors to a `torch.optim` optimizer, such
-            as `functools.partial(torch.optim.Adam, lr=1e-3)`; default: Adam at 1e-3.
+            as `functools.partial(torch.optim.Adam, lr=1e-3)`; default: Adam at 1e-3. A schedule is a hook of it, made
+            in this function: `optimizer.register_step_post_hook(lambda *_: schedule.step())`.
         state: the balancer's state to go on from; default: a fresh one.
         optimizer_state: that of the optimizer to go on from, its learning rate included; default: a fresh one.
         mask: `mask(batch)`, the tasks that a batch has; default: all of them.
@@ -114,11 +116,12 @@ def train(
     Returns:
         (params, state, history, optimizer_state): the trained parameters, the balancer's state, its Info stacked over
         the steps, every field (steps, ...), and the optimizer's state. Steps in which `history.finite` is False left
-        everything as it was.
+        everything as it was. A model whose parameters were given is as it was, too:
+        `model.load_state_dict(run.params, strict=False)` puts the trained ones into it.
 
     Raises:
-        ValueError: if there are no batches, if all is frozen, if `optimizer` is no such function, and as `measure` and
-            `balance` do.
+        ValueError: if there are no batches, if all is frozen, if `optimizer` is no such function or needs a closure
+            (LBFGS), and as `measure` and `balance` do.
 
     Example:
         >>> import torch, gradnorm_func as gn
@@ -128,6 +131,7 @@ def train(
         torch.Size([50, 2])
     """
     balancer = gradnorm() if balancer is None else balancer
+    _check_arguments(params, loss_fn, batches, balancer, buffers)
     current, stepper = _start(params, optimizer, optimizer_state)  # always up to date, for the stepper works in place
     has_aux = buffers is not None
 
@@ -182,14 +186,55 @@ def _start(params: Params, optimizer: Any, optimizer_state: Mapping[str, Any] | 
         )
     moved = [copies[i] for i in places.moved]
     stepper = torch.optim.Adam(moved, lr=1e-3) if optimizer is None else optimizer(moved)
-    if not hasattr(stepper, "step"):
-        raise ValueError(
-            f"optimizer returned {type(stepper).__name__}: it must be a function from a list of tensors to a "
-            "torch.optim optimizer, such as functools.partial(torch.optim.Adam, lr=1e-3)"
-        )
+    _check_stepper(stepper, moved)
     if optimizer_state is not None:
         stepper.load_state_dict(copy.deepcopy(dict(optimizer_state)))  # whose moments it would otherwise write to
     return tree.unflatten(treedef, [copies[i] for i in places.first]), stepper
+
+
+def _check_stepper(stepper: Any, moved: list[Tensor]) -> None:
+    """Refuses what has a step too, and trains nothing."""
+    kind = type(stepper).__name__
+    if isinstance(stepper, torch.optim.lr_scheduler.LRScheduler):
+        raise ValueError(
+            f"optimizer returned {kind}, a schedule, whose step trains nothing: return its optimizer, after "
+            "optimizer.register_step_post_hook(lambda *_: schedule.step())"
+        )
+    if isinstance(stepper, torch.optim.LBFGS):
+        raise ValueError(
+            "optimizer returned LBFGS, which runs the loss anew within a step, and a step has one set of weights: "
+            "use functools.partial(torch.optim.Adam, lr=1e-3), or another that needs no closure"
+        )
+    if not hasattr(stepper, "zero_grad") or not hasattr(stepper, "param_groups"):
+        raise ValueError(
+            f"optimizer returned {kind}: it must be a function from a list of tensors to a torch.optim optimizer, such "
+            "as functools.partial(torch.optim.Adam, lr=1e-3)"
+        )
+    held = {id(tensor) for group in stepper.param_groups for tensor in group["params"]}
+    if held.isdisjoint(map(id, moved)):
+        raise ValueError(
+            f"optimizer returned {kind} of other tensors than it was given, which are copies of params: "
+            "lambda tensors: torch.optim.Adam(tensors, lr=1e-3)"
+        )
+
+
+def _check_arguments(params: Any, loss_fn: Any, batches: Any, balancer: Any, buffers: Any) -> None:
+    """Refuses what was given in another's place, or was not called."""
+    if (callable(params) and not isinstance(params, nn.Module)) or not callable(loss_fn):
+        kinds = f"params={type(params).__name__}, loss_fn={type(loss_fn).__name__}"
+        raise ValueError(f"{kinds}: the order is (params, loss_fn, batches)")
+    iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    if isinstance(batches, (Mapping, Tensor)) or not iterable:
+        raise ValueError(
+            f"batches={type(batches).__name__}: an iterable of batches is wanted, such as a DataLoader; one batch is "
+            "[batch], and many steps on it are [batch] * 1000"
+        )
+    if not isinstance(balancer, Balancer):
+        method = getattr(balancer, "__name__", "gradnorm")
+        name = repr(balancer) if isinstance(balancer, str) else getattr(balancer, "__name__", type(balancer).__name__)
+        raise ValueError(f"balancer={name} is no balancer; call what makes one: balancer=gn.{method}()")
+    if isinstance(loss_fn, MultiTaskLoss) and loss_fn.has_aux and buffers is None:
+        raise ValueError(AUX)
 
 
 def first_look(loss_fn: LossFn, params: Any, batch: Any, has_aux: bool = False) -> tuple[list[str], dict[str, Any]]:

@@ -22,7 +22,8 @@ BATCH_SIZE = 64
 LEARNING_RATE = 3e-3  # of the network, Adam's, the same for all methods
 EVALUATION_PAIRS = 4000
 ORDER = gn.task_names(digits.heads)  # of every per-task vector of the library
-EQUAL, STATIC, GRADNORM, FIXED = "equal weights", "tuned static", "GradNorm", "fixed ratio"
+EQUAL, GRADNORM, FIXED = "equal weights", "GradNorm", "fixed ratio"
+STATIC, INVERSE = "tuned static", "static 1/L(0)"  # with a search for the factors, and without one
 
 
 class Settings(NamedTuple):
@@ -73,13 +74,13 @@ def equal() -> Method:
     return Method(EQUAL, "w = 1", gn.static(where=digits.W, norms=True), fresh)  # norms: for the figure only
 
 
-def static(factors: Tensor, setting: str) -> Method:
+def static(name: str, factors: Tensor, setting: str) -> Method:
     """Weights in ratio to 1 / L(0), times a factor each."""
 
     def start(balancer: gn.Balancer[Any, Any], losses: Tensor) -> Any:
         return balancer.init(len(losses))._replace(weights=factors * inverse(losses))
 
-    return Method(STATIC, setting, gn.static(), start)
+    return Method(name, setting, gn.static(), start)
 
 
 def gradnorm(alpha: float, weight_lr: float) -> Method:
@@ -103,7 +104,7 @@ def candidates(settings: Settings) -> list[list[Method]]:
 
     alphas = [1.5 * (k / max(n - 1, 1)) ** 2 for k in range(n)] if settings.alpha is None else [settings.alpha]
     return [
-        [static(factors, say("1/L(0)", factors)) for factors in spread],
+        [static(STATIC if n > 1 else INVERSE, factors, say("1/L(0)", factors)) for factors in spread],
         [gradnorm(alpha, settings.weight_lr) for alpha in alphas],
         [fixed_ratio(factors, say("equal shares", factors)) for factors in spread],
     ]
@@ -252,5 +253,5 @@ def main(options: Any) -> None:
         print(f"± is the standard deviation over {len(seeds)} seeds.")
     names = {task: name for task, (name, _) in digits.METRICS.items()}
     errors = {result.method.name: result.errors for result in results}
-    shown = {result.method.name: result.history for result in results if result.method.name != STATIC}
+    shown = {result.method.name: result.history for result in results if result.method.name not in (STATIC, INVERSE)}
     figure.digits(options.out, errors, shown, names, seed=seeds[0])

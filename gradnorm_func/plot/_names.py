@@ -80,8 +80,9 @@ def last_finite(x: Array, y: Array) -> tuple[float, float] | None:
     return (float(x[finite[-1]]), float(y[finite[-1]])) if len(finite) else None
 
 
-def name_ends(ax: Axes, ends: Sequence[End], span: tuple[float, float], note: str = "", *, mark: bool = True) -> None:
-    """Names in a margin on the right, in the order and near the height of the curves' ends; `mark` those, too."""
+def name_ends(ax: Axes, ends: Sequence[End], span: tuple[float, float], note: str = "") -> None:
+    """Names in a margin on the right, in the order and near the height of the curves' ends, each after the
+    marker of its curve."""
     seen = [(end.name, end.spot, end.look) for end in ends if end.spot is not None]
     width = max(ax.bbox.width * 72 / ax.figure.dpi, 1.0)  # points
     longest = min(LONGEST, max(8, int(0.4 * width / (0.56 * font()))))
@@ -104,9 +105,6 @@ def name_ends(ax: Axes, ends: Sequence[End], span: tuple[float, float], note: st
         )
         style: dict[str, Any] = {"color": look.colour, "marker": look.marker, "linestyle": "none", "zorder": 4}
         ax.add_artist(_Key(partial(names.place, i, KEY), markersize=5, label="_key", **style))
-        if mark:  # so that the eye finds the curve of a name, and does not take a line to the name for data
-            style |= {"markersize": 6.5, "markeredgecolor": paper(ax), "markeredgewidth": 0.8, "label": "_end"}
-            ax.plot([spot[0]], [spot[1]], **style)
     if note:  # where no title can collide with it
         ax.set_xlabel(f"{ax.get_xlabel()}\n({note})")
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from textwrap import fill
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gradnorm_func.plot._conflicts import conflict_course
@@ -14,6 +15,13 @@ from gradnorm_func.plot._draw import new_figure
 from gradnorm_func.plot._read import MissingNumbers, course, field, has_fields, labels
 from gradnorm_func.plot._steps import steps_of
 from gradnorm_func.plot._theme import grey
+
+PANELS: list[tuple[Callable[..., Axes], str]] = [
+    (weights, "what each loss is multiplied by"),
+    (grad_norms, "how hard each task pulls"),
+    (loss_ratios, "what is left of each loss"),
+    (inverse_rates, "which tasks are slow (above 1)"),
+]
 
 
 def overview(
@@ -53,18 +61,19 @@ def overview(
         raise ValueError(
             f"history={type(history).__name__} has no fields: give what gn.train returns, or a list of Infos"
         )
-    panels = [weights, grad_norms, loss_ratios, inverse_rates]
+    panels = [*PANELS]
     if field(history, "cosines", required=False) is not None:
-        panels[-1] = conflict_course
+        panels[-1] = (conflict_course, "which tasks pull against each other (below 0)")
     for known in ("losses", "weights"):  # what is wrong is said before there is a figure
         if field(history, known, required=False) is not None:
             count, tasks = course(history, known).shape
             labels(names, tasks)
             steps_of(steps, count, log_x)
     figure = new_figure((11, 7))
-    for ax, panel in zip(figure.subplots(2, 2).flat, panels, strict=True):
+    for ax, (panel, title) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         try:
             panel(history, ax, names=names, smooth=smooth, steps=steps, log_x=log_x)
+            ax.set_title(title)
         except MissingNumbers as error:
             ax.set_axis_off()
             ax.text(0.5, 0.5, fill(f"{panel.__name__}: {error}", 45), ha="center", va="center", color=grey(ax, 0.7))

@@ -67,6 +67,8 @@ def results(
         if len(change) > 1:
             small = {"markersize": 3.5, "alpha": 0.55, "zorder": 3, "label": "_seeds"}
             ax.plot(change.T, np.repeat(y[:, None], len(change), 1), **style | small)
+    if log:
+        ax.set_xlabel(f"change of the error against {against} (%, log-ratio axis)")
     _percent_axis(ax, log, together)
     left, right = ax.get_xlim()
     ax.set_xlim(min(left, -1), max(right, 1))

@@ -75,7 +75,7 @@ def shares(
     ]
     left = len(tasks) - len(named)
     note = f"the {LARGEST} largest are named, {left} are not" if left else ""
-    name_ends(ax, ends, (float(x[0]), float(x[-1])), note, mark=False)
+    name_ends(ax, ends, (float(x[0]), float(x[-1])), note)
     return ax
 
 
