@@ -150,8 +150,8 @@ NAMES = "_task_names"
 
 
 def remember_names(vector: Tensor, tasks: PyTree) -> None:
-    """Lets a tensor know whose numbers it holds; a compiler does not ask."""
-    if not torch.compiler.is_compiling():
+    """Lets a tensor know whose numbers it holds, if they have names; a compiler does not ask."""
+    if _is_named(tasks) and not torch.compiler.is_compiling():
         setattr(vector, NAMES, task_names(tasks))
 
 
