@@ -231,6 +231,14 @@ def test_a_tiny_run_comes_to_its_report(tmp_path, capsys):
         main.main([*call, "--methods", "static from dwa"])
 
 
+def test_the_page_is_what_the_records_say():
+    """`python -m benchmarks.evidence.report benchmarks/evidence/results/*.json > benchmarks/evidence/results.md`"""
+    folder = Path(results.__file__).parent
+    files = sorted(map(str, (folder / "results").glob("*.json")))
+    assert files
+    assert (folder / "results.md").read_text() == report.report(results.load(*files)) + "\n"
+
+
 def test_a_wrong_name_is_refused(capsys):
     for arguments in (["--data", "mnits"], ["--conditions", "x10"], ["--seeds", "0"]):
         with pytest.raises(SystemExit):

@@ -3,7 +3,7 @@
     python -m benchmarks.evidence --quick            # under ten minutes on two cores; prints its report
     python -m benchmarks.evidence                    # hours: all data, all methods, three conditions
     python -m benchmarks.evidence --data enb,digits --methods equal,gradnorm --conditions normalised,x100 --out FILE
-    python -m benchmarks.evidence.report FILE ...    # the tables
+    python -m benchmarks.evidence.report FILE ...    # the tables; results/ has those of results.md
 
 What has been measured is in FILE and is not measured again, so that it may be run in pieces, and in several processes
 with a FILE each. A method is a row's name, "static from NAME", or an expression such as "gn.gradnorm(alpha=0.5)".
