@@ -14,7 +14,7 @@ import gradnorm_func as gn
 from gradnorm_func._balance import guard
 from gradnorm_func._balance.guard import due
 from gradnorm_func._core import numerics
-from gradnorm_func._solvers import equal, fair, nnls, trust
+from gradnorm_func._solvers import fair, nnls, trust
 
 F64 = torch.float64
 FORMS = {"gradnorm": "invariant", "gradnorm-adam": "paper", "gradnorm-sgd": "paper", "gradnorm-log": "log"}
@@ -185,7 +185,7 @@ def test_the_device_is_never_waited_for(name, path, monkeypatch):
     for _ in range(2):
         expected = balancer.grad(asked, params, loss_fn, batch, **options)
         asked = expected[1]
-    for module in (guard, numerics, nnls, trust, fair, equal):
+    for module in (guard, numerics, nnls, trust, fair):
         monkeypatch.setattr(module, "free_to_ask", lambda x: False)
     for _ in range(2):
         with NoHostSync():
