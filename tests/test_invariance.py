@@ -65,8 +65,10 @@ def assert_same(plain, scaled, scales):
         torch.testing.assert_close(other.total_loss, one.total_loss, rtol=1e-9, atol=0)
         assert bool(one.finite)
         assert bool(other.finite)
-    assert plain[2][0].losses.std() / plain[2][0].losses.mean() > 0.1
-    assert (plain[1].weights / plain[2][0].weights).std() > 1e-4
+    first = plain[2][0]
+    there = ~first.losses.isnan()
+    assert first.losses[there].std() / first.losses[there].mean() > 0.05
+    assert (plain[1].weights / first.weights)[there].std() > 1e-4
 
 
 def in_time(t):
