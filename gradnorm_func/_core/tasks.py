@@ -199,7 +199,12 @@ def task_vector(losses: PyTree, name: str = "losses", dtype: torch.dtype | None 
 
 def are_scalars(values: Any) -> TypeGuard[list[Tensor]]:
     """Is this a list of 0-d tensors, as losses should be?"""
-    return type(values) is list and bool(values) and all(isinstance(x, Tensor) and x.ndim == 0 for x in values)
+    if not isinstance(values, list) or not values:
+        return False
+    for x in values:  # torch 2.10 does not trace all() of a generator here
+        if not isinstance(x, Tensor) or x.ndim != 0:
+            return False
+    return True
 
 
 def per_task(entries: Any, name: str, like: Tensor) -> Tensor:
