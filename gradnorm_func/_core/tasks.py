@@ -201,10 +201,8 @@ def are_scalars(values: Any) -> TypeGuard[list[Tensor]]:
     """Is this a list of 0-d tensors, as losses should be?"""
     if not isinstance(values, list) or not values:
         return False
-    for x in values:  # torch 2.10 does not trace all() of a generator here
-        if not isinstance(x, Tensor) or x.ndim != 0:
-            return False
-    return True
+    # A list, for torch 2.10 does not trace all() of a generator here.
+    return all([isinstance(x, Tensor) and x.ndim == 0 for x in values])  # noqa: C419
 
 
 def per_task(entries: Any, name: str, like: Tensor) -> Tensor:
