@@ -59,8 +59,9 @@ from gradnorm_func._tools.analysis import task_cosine_similarity, task_grad_norm
 from gradnorm_func._tools.autograd import measure_losses
 from gradnorm_func._tools.fork import fork, weigh_trunk
 from gradnorm_func._tools.functional import functional
-from gradnorm_func._tools.interop import check_finite, load_state, log_dict, state_dict, write_buffers, write_grads
+from gradnorm_func._tools.interop import load_state, state_dict, write_buffers, write_grads
 from gradnorm_func._tools.layers import layer_analysis
+from gradnorm_func._tools.log import check_finite, log_dict
 from gradnorm_func._tools.sweep import sweep
 from gradnorm_func._tools.train import train
 

@@ -75,8 +75,7 @@ class Guarded(NamedTuple):
         method.check(state)
         tasks = stats.losses if isinstance(stats.losses, Mapping) else remembered_names(stats.losses)
         if tasks is not None:
-            check_named(tasks, grad_norms=stats.grad_norms, mask=mask, **self.named)
-            check_named(tasks, **given_by_name(state))
+            self.check_names(tasks, state, grad_norms=stats.grad_norms, mask=mask)
         active = mask_vector(mask, state.weights)
         with no_graph(), full_precision(state.weights):
             raw = seen_of(state.weights, stats, active)._replace(applied=applied)
@@ -105,6 +104,11 @@ class Guarded(NamedTuple):
                 used = torch.where(moves if active is None else moves & active, info.weights, known)
                 info = info._replace(weights=used, total_loss=seen.dot(used, seen.losses))
             return settled(new, state, ok, turn, active, method.absent), shown(info, active)
+
+    def check_names(self, tasks: Any, state: Any, **of_step: Any) -> None:
+        """Compares all that was given by name with the tasks: in this step, to the method, to a fresh state."""
+        check_named(tasks, **of_step, **self.named)
+        check_named(tasks, **given_by_name(state))
 
     def _require(self, stats: TaskStats) -> None:
         field = {"norms": "grad_norms", "example_norms": "grad_norms", "gramian": "gramian"}.get(self.method.needs)

@@ -10,8 +10,6 @@ from torch import Tensor
 from gradnorm_func._balance.guard import Guarded, due
 from gradnorm_func._balance.passes import Goal, Job, Pass
 from gradnorm_func._balance.seen import mask_vector, seen_of, without_absent
-from gradnorm_func._balance.start import given_by_name
-from gradnorm_func._core.tasks import check_named
 from gradnorm_func._core.tree import Where
 from gradnorm_func._measure.measure import stats_of, tasks_of
 from gradnorm_func._measure.plan import Heads, Needs, OfLosses, Weights, plan_of
@@ -57,7 +55,8 @@ class Weighing(NamedTuple):
             info = self.guarded.balance(state, stats, active, True, applied=True)[1]
         else:
             info = self.guarded.balance(state, stats, active, False)[1]
-        return _of_active(info.weights, active)
+        weights: Tensor = info.weights
+        return weights
 
     def measure(self, state: Any, job: Job, batch: Any, goal: Goal, factors: Any, examples: float | None) -> Pass:
         """One pass through the engine that fits the loss."""
@@ -66,7 +65,7 @@ class Weighing(NamedTuple):
 
         def rule(stats: TaskStats) -> tuple[Tensor, Any]:
             decision = self.guarded.balance(state, stats._replace(extra=extra), job.mask, job.update, applied=True)
-            return _of_active(decision[1].weights, job.mask), decision
+            return decision[1].weights, decision
 
         weights: Weights | None = rule if goal == "decide" else factors
         needs: Needs = "losses" if still or goal == "losses" else self.guarded.method.needs
@@ -84,9 +83,7 @@ class Weighing(NamedTuple):
             **job.options,
         )
         stats, measured = stats_of(plan, 1.0 if examples is None else examples)
-        tasks = tasks_of(plan, measured)
-        check_named(tasks, mask=job.named_mask, **self.guarded.named)
-        check_named(tasks, **given_by_name(state))
+        self.guarded.check_names(tasks_of(plan, measured), state, mask=job.named_mask)
         if examples is None and present(stats.grad_norms):
             require_shared(plan, stats.grad_norms, state.step)
         return Pass(stats._replace(extra=extra), measured.aux, measured.decision)
@@ -94,7 +91,7 @@ class Weighing(NamedTuple):
     def decide(self, state: Any, stats: TaskStats, job: Job) -> tuple[Tensor, tuple[Any, Any]]:
         """The rule, asked once, about the whole."""
         new, info = self.guarded.balance(state, stats, job.mask, job.update, applied=True)
-        return _of_active(info.weights, job.mask), (new, info)
+        return info.weights, (new, info)
 
     def balance(
         self, state: Any, stats: TaskStats, mask: Any, update: bool | Tensor, factors: Any = None

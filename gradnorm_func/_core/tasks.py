@@ -108,22 +108,22 @@ def weighted_sum(losses: PyTree, weights: Any) -> Tensor:
     if isinstance(losses, Tensor) and isinstance(weights, Mapping):
         raise ValueError("losses is a tensor, and weights a dict: the order of arguments is (losses, weights)")
     vector = task_vector(losses)
+    return (weights_like(vector, losses, weights) * vector).sum()
+
+
+def weights_like(vector: Tensor, losses: PyTree, weights: Any) -> Tensor:
+    """(T,) the weights of the losses, of which `vector` is the tensor: in task order, of its dtype, without a graph."""
     w = task_vector(in_task_order(losses, "weights", weights), "weights", vector.dtype).detach().to(vector)
     if w.shape != vector.shape:
         raise ValueError(f"weights has {w.shape[0]} entries, but there are {vector.shape[0]} losses")
-    return (w * vector).sum()
+    return w
 
 
 def in_task_order(tasks: PyTree, argument: str, entries: Any) -> Any:
     """What was given by name, as a list in the order of the tasks, under whose names it must be; all else as it is."""
     if not _is_named(entries):
         return entries
-    names, keys = task_names(tasks), task_names(entries)
-    if sorted(keys) != sorted(names):
-        raise ValueError(
-            f"{argument} has the names {sorted(keys)}, but the tasks are {names}: give one entry for each task, under "
-            "its own name"
-        )
+    names, keys = _matching_names(tasks, argument, entries)
     by_path = dict(zip(keys, tree.flatten(tree.by_key(entries))[0], strict=True))
     return [by_path[name] for name in names]
 
@@ -132,12 +132,25 @@ def check_named(tasks: PyTree, **named: Any) -> None:
     """Compares what was given by name, and went into the order of its own names, with the names of the tasks; what was
     not is in task order."""
     for argument, entries in named.items():
-        in_task_order(tasks, argument, entries)
-        if _is_named(entries) and task_names(entries) != task_names(tasks):
+        if not _is_named(entries):
+            continue
+        names, keys = _matching_names(tasks, argument, entries)
+        if keys != names:
             raise ValueError(
-                f"{argument} was given by name, and is in the order {task_names(entries)}, but that of the tasks is "
-                f"{task_names(tasks)}: give a list in that order"
+                f"{argument} was given by name, and is in the order {keys}, but that of the tasks is {names}: give a "
+                "list in that order"
             )
+
+
+def _matching_names(tasks: PyTree, argument: str, entries: Any) -> tuple[list[str], list[str]]:
+    """The names of the tasks and those of the entries, each in its own order; they must be the same."""
+    names, keys = task_names(tasks), task_names(entries)
+    if sorted(keys) != sorted(names):
+        raise ValueError(
+            f"{argument} has the names {sorted(keys)}, but the tasks are {names}: give one entry for each task, under "
+            "its own name"
+        )
+    return names, keys
 
 
 def _is_named(entries: Any) -> bool:

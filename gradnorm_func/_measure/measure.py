@@ -15,7 +15,7 @@ from gradnorm_func._core.tracing import no_graph, traced
 from gradnorm_func._core.trained import apart
 from gradnorm_func._core.tree import Tensors, Where
 from gradnorm_func._measure.general import general
-from gradnorm_func._measure.plan import Heads, Measured, Needs, Plan, plan_of
+from gradnorm_func._measure.plan import HEADS, NEEDS, Heads, Measured, Needs, Plan, check_word, plan_of
 from gradnorm_func._measure.seam import seam
 from gradnorm_func._measure.separable import separable
 from gradnorm_func._measure.sharded import explain_sharded, sharded, whole_stats
@@ -83,6 +83,8 @@ def measure(
         >>> stats.grad_norms, stats.grads
         (tensor([ 1., 10.]), {'w': tensor([4., 4.])})
     """
+    check_word("needs", needs, NEEDS)
+    check_word("heads", heads, HEADS)
     rule = (lambda stats: (weights(stats), ())) if callable(weights) else weights
     plan = plan_of(
         params,

@@ -148,8 +148,6 @@ def plan_of(
         raise ValueError(
             f"has_aux={has_aux}, but multi_task_loss was made with has_aux={loss_fn.has_aux}: give both the same"
         )
-    check_word("needs", needs, NEEDS)
-    check_word("heads", options.get("heads", "own"), HEADS)
     leaves, treedef = tree.flatten(params)
     tree.check_leaves(leaves, params)
     at_z = where is None and isinstance(loss_fn, MultiTaskLoss) and loss_fn.backbone is not None

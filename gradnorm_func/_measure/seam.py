@@ -140,11 +140,14 @@ def _heads(plan: Plan, loss: MultiTaskLoss, trunk: Trunk, crossing: Crossing) ->
             params = plan.params(tree.replace(leaves, w_indices, of_task[len(z) :])) if w_indices else shared
             out = head(params, tree.unflatten(trunk.z_treedef, of_task[: len(z)]), plan.batch)
             outs.append(split_aux(out, plan.has_aux, "a head"))
-        values: Any = [value for value, _ in outs]
-        if not are_scalars(values):  # whoever says what is wrong has to know their names
-            values = loss.structure(values)
-            require_tensors(plan, values)
-        return [task_vector(values)], loss.structure([aux for _, aux in outs]) if plan.has_aux else ()
+        values = [value for value, _ in outs]
+        if are_scalars(values):
+            vector = torch.stack(values)
+        else:  # whoever says what is wrong has to know their names
+            named = loss.structure(values)
+            require_tensors(plan, named)
+            vector = task_vector(named)
+        return [vector], loss.structure([aux for _, aux in outs]) if plan.has_aux else ()
 
     inputs = [*(plan.leaves[i] for i in indices), *chain(*z), *(copy_of(leaf) for leaf in w for _ in range(count))]
     return _Heads(tape(record, inputs), indices, list(z), w_indices, w)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.numerics import diagonal, promoted, row_norms, safe_sqrt
-from gradnorm_func._core.tasks import in_task_order, remember_names, task_names, task_vector
+from gradnorm_func._core.tasks import remember_names, task_names, task_vector, weights_like
 from gradnorm_func._core.tracing import inside_transform
 from gradnorm_func._measure.norms import norms_by_example
 from gradnorm_func._measure.plan import NEEDS, Needs, check_word
@@ -112,10 +112,7 @@ def measure_losses(
     if weights is None:
         grads = _pulled(vector, tasks, seeds)
     else:
-        w = task_vector(in_task_order(losses, "weights", weights), "weights", vector.dtype)
-        if w.shape != vector.shape:
-            raise ValueError(f"weights has {w.shape[0]} entries, but there are {vector.shape[0]} losses")
-        seeds, grads = seeds * w.detach().to(vector), _written(tasks)
+        seeds, grads = seeds * weights_like(vector, losses, weights), _written(tasks)
     _require_own_copies(losses, tasks, grads)
     return _at_copies(stats, _by_leaf(tasks, grads), promoted(seeds.detach()), needs)
 
