@@ -386,7 +386,7 @@ def test_aligned_of_dependent_tasks_in_both_precisions():
 
 @every
 def test_one_graph(name):
-    """And one node of it is the solver, however many steps it takes."""
+    """And one node of it is the solver's loop, however many steps it takes; the closed forms have none."""
     balancer, calls = BALANCERS[name](None), []
 
     def backend(graph, inputs):
@@ -398,7 +398,7 @@ def test_one_graph(name):
         rows = draw(seed, 4, 1.0)
         close(step(rows), weights(name, rows))
     assert len(calls) == 1
-    assert len(calls[0]) == 1
+    assert len(calls[0]) == (name not in ("aligned", "config", "imtl-g"))
 
 
 @every

@@ -59,8 +59,8 @@ class Crossing(Protocol):
     def trunk_loss(self) -> Callable[[Any, Any, Any], Tensor] | None:
         """(params, z, batch) -> a loss of the trunk alone."""
 
-    def copies(self, trunk: Trunk, count: int) -> list[Tensor]:
-        """(T, ...) of every leaf of z: as each of the T heads is to see it."""
+    def copies(self, trunk: Trunk, count: int) -> list[PerTask]:
+        """Every leaf of z as each of the T heads is to see it: a list, of one tensor T times, or one (T, ...)."""
 
     def seeds(self, losses: Tensor) -> Tensor:
         """(T,) the cotangents of the losses."""
@@ -78,9 +78,9 @@ class Weighted(NamedTuple):
         """None: the trunk has no loss of its own."""
         return None
 
-    def copies(self, trunk: Trunk, count: int) -> list[Tensor]:
-        """z itself, T times."""
-        return [leaf.expand(count, *leaf.shape) for leaf in trunk.z]
+    def copies(self, trunk: Trunk, count: int) -> list[PerTask]:
+        """z itself, T times. (A compiler would write T copies of the rows of an expanded tensor.)"""
+        return [[leaf] * count for leaf in trunk.z]
 
     def seeds(self, losses: Tensor) -> Tensor:
         """The weights, if they are known and the heads are to learn from the weighted sum; else 1 for each."""

@@ -39,12 +39,12 @@ def seam(plan: Plan, crossing_of: Callable[[Plan], Crossing] = Weighted) -> Meas
     seeds = crossing.seeds(losses)
 
     once = not callable(plan.weights) or plan.heads == "own"  # a rule's weights send the heads back once more
-    grads, z_grads, w_grads, read = heads.pull(seeds, last=once)
+    grads, z_grads, w_grads, read = heads.pull(seeds, last=once, leaves=once and plan.weights is not None)
     crossed = crossing.cross(trunk, AtZ(losses, seeds, z_grads, heads.w_indices, w_grads))
     stats = crossed.stats
     if crossed.cotangents is not None:
         if crossed.head_seeds is not None:
-            grads, _, w_grads, _ = heads.pull(crossed.head_seeds, last=True, z=False)
+            grads, _, w_grads, read = heads.pull(crossed.head_seeds, last=True, z=False)
         trunk_grads = _with_layer(plan, trunk, trunk.tape.pull(crossed.cotangents, last=True))
         require_reached(plan, read or any(grad is not None for grad in trunk_grads))
         weights = crossed.w_weights
@@ -98,16 +98,19 @@ class _Heads(NamedTuple):
     w_indices: list[int]  # of the leaves of W of which every head has a copy, to keep the tasks' gradients apart
     w: list[Tensor]  # those leaves
 
-    def pull(self, seeds: Tensor, *, last: bool, z: bool = True) -> tuple[Grads, list[PerTask], list[Tensor], bool]:
-        """Gradients at the leaves; at the leaves of z, task by task; at the copies of W, (T, ...); and whether a head
-        reads any of params."""
+    def pull(
+        self, seeds: Tensor, *, last: bool, leaves: bool = True, z: bool = True
+    ) -> tuple[Grads, list[PerTask], list[Tensor], bool]:
+        """Gradients at the leaves, unless these wait; at the leaves of z, task by task; at the copies of W, (T, ...);
+        and whether a head reads any of params."""
         count = seeds.shape[0]
         inputs = len(self.indices)
         copies = sum(1 if isinstance(leaf, Tensor) else count for leaf in self.z)
         total = inputs + copies + len(self.w) * count
-        wanted = None if z else [*range(inputs), *range(inputs + copies, total)]
+        of_z = range(inputs, inputs + copies) if z else ()
+        wanted = [*(range(inputs) if leaves else ()), *of_z, *range(inputs + copies, total)]
         grads = iter(self.tape.pull([seeds], wanted, last=last))
-        at_leaves = [next(grads) for _ in self.indices]
+        at_leaves = [next(grads) if leaves else None for _ in self.indices]
         z_grads: list[PerTask] = []
         for leaf in self.z if z else []:
             if isinstance(leaf, Tensor):
@@ -128,7 +131,7 @@ def _heads(plan: Plan, loss: MultiTaskLoss, trunk: Trunk, crossing: Crossing) ->
     at_leaves = at_leaves and linear_leaves(plan) is None
     w_indices = list(plan.where or []) if at_leaves else []
     indices = [i for i in range(len(plan.leaves)) if i not in w_indices]
-    z = [list(copies.unbind()) for copies in crossing.copies(trunk, count)]
+    z = [copies if isinstance(copies, list) else list(copies.unbind()) for copies in crossing.copies(trunk, count)]
     w = [plan.leaves[i] for i in w_indices]
 
     def record(inputs: list[Tensor]) -> tuple[list[Tensor], Any]:
@@ -156,7 +159,11 @@ def _heads(plan: Plan, loss: MultiTaskLoss, trunk: Trunk, crossing: Crossing) ->
 def _stacked(plan: Plan, heads: StackedHeads, trunk: Trunk, crossing: Crossing) -> _Heads:
     """T heads of one architecture, under vmap: each sees its own parameters only."""
     indices = tree.select(plan.params(plan.leaves), heads.path)
-    z = crossing.copies(trunk, plan.leaves[indices[0]].shape[0])  # (T, ...) each
+    count = plan.leaves[indices[0]].shape[0]
+    z = [  # (T, ...) each
+        copies[0].expand(count, *copies[0].shape) if isinstance(copies, list) else copies
+        for copies in crossing.copies(trunk, count)
+    ]
 
     def record(inputs: list[Tensor]) -> tuple[list[Tensor], Any]:
         params = plan.params(tree.replace(plan.leaves, indices, inputs[: len(indices)]))

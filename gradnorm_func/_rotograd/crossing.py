@@ -11,7 +11,7 @@ from torch import Tensor
 from gradnorm_func._core import tree
 from gradnorm_func._core.numerics import column, full_precision, promoted
 from gradnorm_func._measure.crossing import AtZ, Crossed, Trunk
-from gradnorm_func._measure.norms import stacked
+from gradnorm_func._measure.norms import PerTask, stacked
 from gradnorm_func._measure.plan import Plan, weighted_sum
 from gradnorm_func._reduce.stats import gramian_of
 from gradnorm_func._rotograd.scale import Numbers, backbone_unit_of, numbers, units_of
@@ -66,10 +66,10 @@ class Rotations(NamedTuple):
         """The backbone's own loss, which is neither rotated nor scaled."""
         return self.hyper.backbone_loss
 
-    def copies(self, trunk: Trunk, count: int) -> list[Tensor]:
-        """(T, ...): R_k z of the leaf that is rotated; the others as they are."""
+    def copies(self, trunk: Trunk, count: int) -> list[PerTask]:
+        """(T, ...) R_k z of the leaf that is rotated; the others as they are."""
         index, z = self._rotated_leaf(trunk)
-        out = [leaf.expand(count, *leaf.shape) for leaf in trunk.z]
+        out: list[PerTask] = [[leaf] * count for leaf in trunk.z]
         with full_precision(z):
             out[index] = self.hyper.layout.spread(z, self.state.rotations.to(z.dtype))
         return out

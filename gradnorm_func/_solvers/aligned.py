@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradnorm_func._solvers.node import node
 from gradnorm_func._solvers.spectrum import spectrum
 from gradnorm_func._solvers.units import own_units
 
 
-@node
 def align(gramian: Tensor, active: Tensor, preference: Tensor) -> tuple[Tensor, Tensor]:
     r"""B p, with :math:`B = \sigma_{\min} G^{-1/2}`, and the largest error in :math:`B G B = \sigma_{\min}^2 I`.
 

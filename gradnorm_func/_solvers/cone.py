@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._solvers.nnls import nnls
-from gradnorm_func._solvers.node import node
 from gradnorm_func._solvers.units import own_units
 
 
-@node
 def project_mean(gramian: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     r"""argmin of :math:`v^\top G v` over v >= u, u the even weights, and the largest error in its conditions.
 
@@ -24,7 +22,6 @@ def project_mean(gramian: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     return weights.to(gramian.dtype), error.to(gramian.dtype)
 
 
-@node
 def project_each(gramian: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     r"""Mean over k of argmin of :math:`v^\top G v` over :math:`v \ge e_k`, and the largest error in their conditions.
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradnorm_func._solvers.node import node
 from gradnorm_func._solvers.spectrum import spectrum
 from gradnorm_func._solvers.units import own_units
 
 ROUNDING = 16  # an eigenvalue of C below this many T eps of the Gramian's dtype may be nothing but its rounding
 
 
-@node
 def equal_projections(gramian: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     r"""Weights of d, as long as the projections of all gradients on it together, and the largest error in C a = 1.
 

@@ -15,7 +15,6 @@ SOLVED = 1e-6
 RIDGE = 1e-12  # of the cosines, where no direction helps all tasks: the equations have no solution, and these have
 
 
-@node
 def fair(gramian: Tensor, active: Tensor, preference: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     r"""w > 0 with :math:`(G w)_i = (p_i / w_i)^{1 / \alpha}`, and the largest relative error of these equations.
 
@@ -27,19 +26,27 @@ def fair(gramian: Tensor, active: Tensor, preference: Tensor, alpha: Tensor) -> 
     lengths = torch.where(real, units.lengths, 1.0)
     theta = torch.where(real, preference.double(), 1.0).log() + (1 - a) * lengths.log()
 
-    def error(v: Tensor) -> Tensor:
-        equations = v.log() + a * (units.cosines @ v).clamp(min=1e-300).log() - theta
-        return (equations * real).abs().max()
-
-    v = _newton(units.cosines, a, theta)
-    rest = error(v)
-    if not (free_to_ask(rest) and bool(rest <= SOLVED)):
-        ridge = torch.diag_embed(torch.full_like(theta, RIDGE))
-        v = torch.where(rest <= SOLVED, v, _newton(units.cosines + ridge, a, theta))
-        rest = error(v)
+    v, rest = _solved(units.cosines, real, a, theta)
     # G w = size² n C v in the weights v / n: their size is what solves the equations of G itself.
     weights = v * units.inverses * units.size ** (-2 * a / (1 + a))
     return weights.to(gramian.dtype), rest.to(gramian.dtype)
+
+
+@node(lambda matrix, real, a, theta: (torch.empty_like(theta), theta.new_empty(())), outputs=2)
+def _solved(matrix: Tensor, real: Tensor, a: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """v, and the largest relative error of its equations."""
+
+    def error(v: Tensor) -> Tensor:
+        equations = v.log() + a * (matrix @ v).clamp(min=1e-300).log() - theta
+        return (equations * real).abs().max()
+
+    v = _newton(matrix, a, theta)
+    rest = error(v)
+    if not (free_to_ask(rest) and bool(rest <= SOLVED)):
+        ridge = torch.diag_embed(torch.full_like(theta, RIDGE))
+        v = torch.where(rest <= SOLVED, v, _newton(matrix + ridge, a, theta))
+        rest = error(v)
+    return v, rest
 
 
 def _newton(matrix: Tensor, a: Tensor, theta: Tensor) -> Tensor:

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._solvers.nnls import nnls
-from gradnorm_func._solvers.node import node
 from gradnorm_func._solvers.units import Units, own_units
 
 
-@node
 def min_norm(gramian: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     r"""argmin of :math:`w^\top G w` over the simplex, and its Frank-Wolfe gap relative to the mean of the diagonal.
 

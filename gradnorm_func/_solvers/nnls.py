@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._core.tracing import free_to_ask
+from gradnorm_func._solvers.node import node
 
 ROUNDS = 16  # of guesses of the set of the w_i that are not 0, before the sure way
 ITERATIONS, MORE = 30, 40  # of the sure way; and where b is not known
@@ -17,6 +18,7 @@ DAMPING = 1e-12  # of directions in which A is flat
 ROUNDING = 1e-14  # what a slope of 0 may look like
 
 
+@node(lambda matrix, right: torch.empty_like(right))
 def nnls(matrix: Tensor, right: Tensor) -> Tensor:
     r"""argmin of :math:`\tfrac12 w^\top A w - b^\top w` over w >= 0, A positive semidefinite, of order 1.
 

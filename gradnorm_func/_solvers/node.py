@@ -1,36 +1,54 @@
-"""A solver as one node of a compiled graph."""
+"""A loop as one node of a compiled graph."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from gradnorm_func._core.tracing import inside_transform
 
-# (gramian (T, T), active (T,) bool, further tensors) -> (weights (T,), certificate ()), in the Gramian's dtype
-Solver: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
+Loop = TypeVar("Loop", bound=Callable[..., Any])  # of tensors, to one tensor or a tuple of them
+
+_libraries: dict[str, Any] = {}  # a torch.library.Library for each node, which is gone with it
 
 
-def node(solve: Solver) -> Solver:
-    """The same function, called by a compiled graph as it is: to unroll its small steps would take half a minute.
+def node(empty: Callable[..., Any], outputs: int = 1) -> Callable[[Loop], Loop]:
+    """A compiled graph calls the function as it is: to unroll its many small steps would take half a minute.
 
-    So a compiled step on a CPU may stop a solver when it is done, too. Inside a torch.func transform a compiler traces
-    the solver as it does any other function, with a fixed number of steps.
+    So a compiled step on a CPU may stop when it is done, too. Inside a torch.func transform a compiler traces it as any
+    other function, with a fixed number of steps.
+
+    Args:
+        empty: a function of the same tensors, to empty ones of the shapes and dtypes that come back.
+        outputs: how many come back.
     """
-    names = inspect.signature(solve).parameters
-    schema = f"({', '.join(f'Tensor {name}' for name in names)}) -> (Tensor, Tensor)"
-    op: Any = torch.library.custom_op(f"gradnorm_func::{solve.__name__}", solve, mutates_args=(), schema=schema)
-    op.register_fake(lambda gramian, *_: (gramian.new_empty(gramian.shape[:-1]), gramian.new_empty(())))
 
-    @functools.wraps(solve)
-    def call(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        as_it_is = torch.compiler.is_compiling() and not inside_transform()
-        found: tuple[Tensor, Tensor] = (op if as_it_is else solve)(*tensors)
-        return found
+    def of(loop: Loop) -> Loop:
+        op = _op(loop, empty, outputs)
 
-    return call
+        @functools.wraps(loop)
+        def call(*tensors: Any) -> Any:
+            as_it_is = torch.compiler.is_compiling() and not inside_transform()
+            return (op if as_it_is else loop)(*tensors)
+
+        return call  # type: ignore[return-value]
+
+    return of
+
+
+def _op(loop: Loop, empty: Callable[..., Any], outputs: int) -> Any:
+    """The function as torch's own operation; `custom_op` would do the same, at twice the price of a call."""
+    name = loop.__name__.lstrip("_")
+    _libraries.pop(name, None)  # of a module that is loaded once more
+    make: Any = torch.library.Library  # which has no types
+    library = _libraries[name] = make("gradnorm_func", "FRAGMENT")
+    arguments = ", ".join(f"Tensor {argument}" for argument in inspect.signature(loop).parameters)
+    returned = "Tensor" if outputs == 1 else f"({', '.join(['Tensor'] * outputs)})"
+    library.define(f"{name}({arguments}) -> {returned}", tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, loop, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gradnorm_func::{name}", empty, lib=library)
+    return getattr(torch.ops.gradnorm_func, name).default

@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gradnorm_func._solvers.node import node
+
+SWEEPS = 10  # of Jacobi's rotations
+
 
 def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """(T,) eigenvalues in no order, and (T, T) eigenvectors in columns.
@@ -17,13 +21,14 @@ def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return jacobi(matrix)
 
 
-def jacobi(matrix: Tensor, sweeps: int = 10) -> tuple[Tensor, Tensor]:
+@node(lambda matrix: (matrix.new_empty(matrix.shape[-1]), torch.empty_like(matrix)), outputs=2)
+def jacobi(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The same by Jacobi's rotations, T / 2 of them at a time; every pair has its turn once in a sweep."""
     count = matrix.shape[-1]
     size, half = count + count % 2, (count + 1) // 2
     a = torch.nn.functional.pad(matrix, (0, size - count, 0, size - count))
     v = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-    for _ in range(sweeps * (size - 1)):  # rotates (0, half), (1, half + 1), ..., and moves the pairs on
+    for _ in range(SWEEPS * (size - 1)):  # rotates (0, half), (1, half + 1), ..., and moves the pairs on
         p, q, off = (torch.diagonal(x) for x in (a[:half, :half], a[half:, half:], a[:half, half:]))
         angle = 0.5 * torch.atan2(2 * off, q - p)
         angle = torch.where(angle.abs() > torch.pi / 4, angle - torch.sign(angle) * torch.pi / 2, angle)

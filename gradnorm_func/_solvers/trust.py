@@ -14,7 +14,6 @@ TINY = 1e-300
 CORRECTIONS = 8
 
 
-@node
 def near_mean(gramian: Tensor, active: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
     r"""Weights of the d that maximises :math:`\min_i \langle g_i, d\rangle` with :math:`\|d - g_0\| \le c \|g_0\|`.
 
@@ -29,7 +28,7 @@ def near_mean(gramian: Tensor, active: Tensor, radius: Tensor) -> tuple[Tensor, 
     length = square.sqrt()
     mean = mean / length.clamp(min=TINY)  # from here on ‖g_0‖ is 1
     c = radius.double()
-    y = _two(units, mean, c) if gramian.shape[-1] == 2 else _many(units, mean, c.clamp(min=1e-6))
+    y = _two(units, mean, c) if gramian.shape[-1] == 2 else _many(mean, c.clamp(min=1e-6), *units)
     y, gap = _judged(units, mean, c, y)
     weights = even + c * length * units.inverses * y
     return weights.to(gramian.dtype), (gap / length.clamp(min=TINY)).to(gramian.dtype)
@@ -57,13 +56,24 @@ def _two(units: Units, mean: Tensor, c: Tensor) -> Tensor:
     return torch.where(units.real.all(), units.lengths * torch.stack([first, 1 - first]), units.real.to(x))
 
 
-def _many(units: Units, mean: Tensor, c: Tensor) -> Tensor:
+@node(lambda mean, *_: torch.empty_like(mean))
+def _many(
+    mean: Tensor,
+    c: Tensor,
+    cosines: Tensor,
+    lengths: Tensor,
+    inverses: Tensor,
+    size: Tensor,
+    real: Tensor,
+    active: Tensor,
+) -> Tensor:
     r"""A multiple of :math:`y_i = w_i n_i`, which minimises :math:`m^\top C y + c \sqrt{y^\top C y}` on a plane.
 
     The plane is :math:`a^\top y = 1`, with :math:`a_i \propto 1 / n_i`.
     """
-    a = units.inverses / units.inverses.max().clamp(min=TINY)
-    slope = units.cosines @ mean
+    units = Units(cosines, lengths, inverses, size, real, active)
+    a = inverses / inverses.max().clamp(min=TINY)
+    slope = cosines @ mean
     alone = ((slope + c) / a).masked_fill(~units.real, torch.inf).min()  # t if d had to serve one task only
     if free_to_ask(mean):
         positive = (alone * a > slope) & units.real
