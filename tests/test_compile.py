@@ -117,3 +117,16 @@ def test_analysis_compiles():
     expected = gn.task_grads(loss_fn, params, batch(), where="trunk.0", has_aux=True)[1]
     assert float(expected["trunk.0.weight"].norm()) > 0
     torch.testing.assert_close(run(params, batch()), expected)
+
+
+@pytest.mark.parametrize("mask", [None, torch.tensor([True, False])])
+def test_a_rule_of_one_s_own_asks_who_is_present(mask):
+    """Old compilers cannot calculate with what a property of a NamedTuple returns."""
+    balancer = gn.balancer(
+        lambda state, seen: ((seen.active & (seen.losses > 0)) * seen.losses, ()), needs="losses", same_step=True
+    )
+    state, losses = balancer.init(2), torch.tensor([2.0, 3.0])
+    balance = lambda losses: balancer.balance(state, gn.TaskStats(losses), mask=mask)[1].weights
+    expected = losses if mask is None else losses * mask
+    torch.testing.assert_close(balance(losses), expected)
+    torch.testing.assert_close(torch.compile(balance, fullgraph=True, backend="eager")(losses), expected)

@@ -23,17 +23,13 @@ class Seen(NamedTuple):
 
     losses: Tensor  # (T,) L_i
     norms: Tensor  # (T,) ‖∇_W L_i‖, unweighted
+    active: Tensor  # (T,) bool: the tasks that are present in this batch
     example_norms: Any = ()  # (T,) mean over examples of ‖∂L_i/∂z_b‖; () unless asked for, and where W is not z
     gramian: Any = ()  # (T, T) ⟨∇_W L_i, ∇_W L_j⟩; () unless asked for
     extra: Any = ()  # what the method's own `needs` function returned
-    mask: Tensor | None = None  # (T,) bool: the tasks that are present; None: all of them
+    mask: Tensor | None = None  # the same, but None if all are present
     applied: bool = False  # are the weights that the rule gives those of a gradient, as in `grad` with `same_step`?
     precision: torch.dtype | None = None  # whose rounding the Gramian has, if coarser than that of the weights
-
-    @property
-    def active(self) -> Tensor:
-        """(T,) bool: the tasks that are present in this batch."""
-        return torch.ones_like(self.losses, dtype=torch.bool) if self.mask is None else self.mask
 
     def as_measured(self) -> Seen:
         """The same numbers in the dtype in which the Gramian was measured, so that its rounding is known by it."""
@@ -105,7 +101,8 @@ def seen_of(weights: Tensor, stats: TaskStats, mask: Tensor | None) -> Seen:
     extra = stats.extra
     if present(extra):
         extra = tree.tree_map(lambda leaf: constant(torch.as_tensor(leaf).to(weights)), extra)
-    return Seen(losses, norms, example_norms, gramian, extra, mask, precision=precision)
+    active = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
+    return Seen(losses, norms, active, example_norms, gramian, extra, mask, precision=precision)
 
 
 def without_absent(seen: Seen) -> Seen:
