@@ -202,8 +202,12 @@ def weighted_sum(weights: Tensor, rows: Tensor | Sequence[Tensor]) -> Tensor:
         with full_precision(rows):
             total: Tensor = torch.tensordot(w, rows.to(dtype), 1)
         return total.to(rows.dtype)
-    first, *rest = (weight * row.to(dtype) for weight, row in zip(w.unbind(), rows, strict=True))
-    return plain_sum([first, *rest]).to(rows[0].dtype)
+    first, *rest = zip(w.unbind(), rows, strict=True)
+    total = first[0] * first[1].to(dtype)
+    for weight, row in rest:
+        row = row.to(dtype)
+        total = torch.addcmul(total, weight, row) if traced() else total.addcmul_(weight, row)
+    return total.to(rows[0].dtype)
 
 
 def plain_sum(rows: Sequence[Tensor]) -> Tensor:
