@@ -93,9 +93,8 @@ class Weighted(NamedTuple):
         plan = self.plan
         in_seeds = isinstance(plan.weights, Tensor) and plan.heads == "weighted"
         plain = not in_seeds and plan.loss_scale is None and plan.active is None
-        if (
-            plan.needs == "gramian" and plan.where is None
-        ):  # the Gramian and the weighted sum are products with a matrix
+        if plan.needs == "gramian" and plan.where is None:
+            # As a matrix, for the Gramian is a product with it, and so is the weighted sum.
             at_z = at_z._replace(z_grads=[stacked(leaf) for leaf in at_z.z_grads])
         stats = _stats_at_w(plan, trunk, at_z, None if plain else at_z.seeds)
         weights, decision = plan.decide(stats, ())
