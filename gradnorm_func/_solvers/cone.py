@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gradnorm_func._core.numerics import diagonal
 from gradnorm_func._solvers.nnls import nnls
 from gradnorm_func._solvers.units import own_units
 
@@ -16,7 +17,7 @@ def project_mean(gramian: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     """
     units = own_units(gramian, active)
     slope = units.cosines @ units.lengths
-    y = nnls(units.cosines, -slope)
+    y = _least_squares(units.cosines, -slope)
     error = torch.minimum(y, units.cosines @ y + slope).abs().max()
     weights = (active + units.inverses * y) / active.sum()
     return weights.to(gramian.dtype), error.to(gramian.dtype)
@@ -28,7 +29,12 @@ def project_each(gramian: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     Again least squares, with C and the rows of -C, all of order 1 whatever the gradients' lengths.
     """
     units = own_units(gramian, active)
-    y = nnls(units.cosines, -units.cosines)
+    y = _least_squares(units.cosines, -units.cosines)
     error = torch.minimum(y, y @ units.cosines + units.cosines).abs().max()
     weights = (1 + units.inverses * (units.lengths @ y)) * active / active.sum()
     return weights.to(gramian.dtype), error.to(gramian.dtype)
+
+
+def _least_squares(cosines: Tensor, right: Tensor) -> Tensor:
+    """y >= 0, of right sides (..., T). Of two tasks that conflict one alone has to be lifted."""
+    return right.clamp(min=0) / diagonal(cosines) if cosines.shape[-1] == 2 else nnls(cosines, right)

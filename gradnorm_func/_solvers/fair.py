@@ -12,6 +12,7 @@ from gradnorm_func._solvers.units import own_units
 ITERATIONS = 20
 NEAR = 1e-8  # a relative step of Newton's after which there is nothing left to do
 SOLVED = 1e-6
+ROUNDING = 1e-15
 RIDGE = 1e-12  # of the cosines, where no direction helps all tasks: the equations have no solution, and these have
 
 
@@ -54,11 +55,14 @@ def _newton(matrix: Tensor, a: Tensor, theta: Tensor) -> Tensor:
 
     That is the solution if all rows of C have the same sum, as for T = 2 and alpha = 1.
     """
-    sums = matrix.sum(-1).clamp(min=1e-6 if len(theta) == 2 else 0.1)
+    exact = matrix.sum(-1)
+    sums = exact.clamp(min=1e-6 if len(theta) == 2 else 0.1)
     v = ((theta - a * sums.log()) / (1 + a)).exp()
+    ask = free_to_ask(v)
+    if ask and len(v) == 2 and torch.equal(sums, exact) and bool((v[0] - v[1]).abs() <= ROUNDING * v[0]):
+        return v
     s = v * sums
     eye = torch.eye(len(v), dtype=v.dtype, device=v.device)
-    ask = free_to_ask(v)
     for _ in range(ITERATIONS):
         slope = s / (a * v)
         factor = torch.linalg.cholesky_ex(torch.addcmul(matrix, eye, slope))[0]

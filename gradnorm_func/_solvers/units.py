@@ -33,9 +33,8 @@ def own_units(gramian: Tensor, active: Tensor, *, lifted: bool = True) -> Units:
     none = ~real
     lengths = square.sqrt().masked_fill(none, 0.0)
     inverses = lengths.reciprocal().masked_fill(none, 0.0)
-    size = lengths.max()
-    size = size + (size == 0)
     noise = gramian.shape[-1] * torch.finfo(gramian.dtype).eps if lifted and gramian.dtype != torch.float64 else 0.0
     cosines = exact * inverses.unsqueeze(-1) * inverses + torch.diag_embed(none + noise)
-    broken = 0 * cosines.sum()  # NaN, if anything is
-    return Units(cosines, lengths / size + broken, inverses * size + broken, size, real, active)
+    size = lengths.max()
+    size = size + (size == 0) + 0 * cosines.sum()  # NaN, if anything is
+    return Units(cosines, lengths / size, inverses * size, size, real, active)
