@@ -30,6 +30,7 @@ def test_what_a_balancer_and_a_loss_are_called():
     assert repr(gn.gradnorm(alpha=1.5)) == "Balancer(gradnorm, needs='norms', where=None, every=1)"
     assert repr(gn.upgrad(where="trunk", every=3)) == "Balancer(upgrad, needs='gramian', where='trunk', every=3)"
     assert repr(gn.stch()) == "Balancer(stch, needs='losses', where=None, every=1)"
+    assert repr(gn.nash()) == "Balancer(nash, needs='gramian', where=None, every=1)"
     assert repr(gn.rotograd(4)) == "Balancer(rotograd, needs='norms', where=None, every=1)"
 
     def inverse():

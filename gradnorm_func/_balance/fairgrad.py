@@ -56,7 +56,7 @@ def fairgrad(
     check_positive(preference, "preference")
 
     def rule(seen: Seen) -> tuple[Tensor, Tensor]:
-        return fair(seen.gramian, seen.active, per_task(preference, "preference", seen.losses), number(alpha, seen))
+        return _solved(seen, preference, alpha)
 
     return certified(rule, where, every, heads, named={"preference": preference})
 
@@ -77,6 +77,9 @@ def nash(*, preference: Any = None, where: Where = None, every: int = 1) -> Bala
     Returns:
         Balancer, as of `fairgrad`.
 
+    Raises:
+        ValueError: for preferences that are not positive, or not T.
+
     Example:
         >>> import torch, gradnorm_func as gn
         >>> stats = gn.TaskStats(torch.ones(2), torch.tensor([1.0, 8.0]), gramian=torch.tensor([1.0, 64.0]).diag())
@@ -88,4 +91,14 @@ def nash(*, preference: Any = None, where: Where = None, every: int = 1) -> Bala
     by a test of its own, where the equations are seldom solved to more than 1e-2; their scripts clip the shared
     gradient to norm 1, which always acts, for its norm is the root of T.
     """
-    return fairgrad(alpha=1.0, preference=preference, heads="weighted", where=where, every=every)
+    check_positive(preference, "preference")
+
+    def rule(seen: Seen) -> tuple[Tensor, Tensor]:
+        return _solved(seen, preference, 1.0)
+
+    return certified(rule, where, every, "weighted", named={"preference": preference})
+
+
+def _solved(seen: Seen, preference: Any, alpha: float | Tensor) -> tuple[Tensor, Tensor]:
+    p = per_task(preference, "preference", seen.losses)
+    return fair(seen.gramian, seen.active, p, number(alpha, seen))
