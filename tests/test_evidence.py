@@ -248,3 +248,22 @@ def test_a_wrong_name_is_refused(capsys):
 
 def re_error(text):
     return "is none of" in text or "must be at least 1" in text
+
+
+def test_a_pinn_is_shown_by_seeds_and_is_no_part_of_a_mean():
+    versions = {"torch": "2", "gradnorm_func": "0", "python": "3"}
+    of = lambda tasks, test: {
+        "tasks": tasks, "test": test, "val": test, "at_edge": False, "step_cost": 1.0, "wall_s": 1.0, "steps": 10,
+        "seeds": 2, "versions": versions,
+    }  # fmt: skip
+    key = lambda name, method: results.Key(name, "adam", "normalised", method)
+    records = {
+        key("enb", "equal"): of(["a", "b"], [[1.0, 1.0], [1.0, 1.0]]),
+        key("enb", "nash"): of(["a", "b"], [[math.exp(0.1), math.exp(0.3)]] * 2),
+        key("helmholtz", "equal"): of(["a", "b"], [[1.0], [0.5]]),
+        key("helmholtz", "nash"): of(["a", "b"], [[0.01], [0.021]]),
+    }
+    page = report.report(records)
+    assert "| nash | +20.0 [+20.0, +20.0] | loses |" in page
+    assert "| equal | 100, 50 |" in page
+    assert "| nash | 1.0, 2.1 |" in page

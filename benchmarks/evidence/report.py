@@ -12,9 +12,13 @@ from torch import Tensor
 from . import defaults, results
 from .markdown import table
 from .methods import CONTROLS, METHODS
-from .problems import CONDITIONS
+from .problems import CONDITIONS, PINNS
 from .results import REFERENCE, Key, Records
 
+PINN_WORDS = (
+    "The error is the distance from the known solution, relative to its length: a field of 0 has 100 %. It is no part "
+    "of the means above: where one seed finds the solution and the next does not, they would be means of it alone."
+)
 DRAWS = 4000  # of the bootstrap
 SEARCHED = ", searched"  # behind the name of a method with settings to choose from, as of its reference
 
@@ -122,9 +126,26 @@ def main_table(records: Records, optimizer: str, condition: str) -> tuple[str, d
 
 
 def tasks_of(records: Records, optimizer: str, condition: str, method: str, name: str) -> list[str]:
-    """The columns of the errors: the tasks, or for a PINN the distance from the solution."""
-    record = records[Key(name, optimizer, condition, method)]
-    return record["tasks"] if len(record["test"][0]) == len(record["tasks"]) else ["distance"]
+    """The columns of the errors."""
+    return list(records[Key(name, optimizer, condition, method)]["tasks"])
+
+
+def pinn_table(records: Records, name: str) -> str:
+    """The distance from the known solution, of every seed."""
+    keys = [key for key in records if key.data == name]
+    columns = [(o, c) for o in sorted({key.optimizer for key in keys}) for c in CONDITIONS]
+    columns = [column for column in columns if any(key[1:3] == column for key in keys)]
+    rows = [[f"{name}, error of each seed, %", *(f"{optimizer}, {condition}" for optimizer, condition in columns)]]
+    for method in ordered(key.method for key in keys):
+        mine = [records.get(Key(name, *column, method)) for column in columns]
+        rows.append([method, *("" if record is None else each_seed(record) for record in mine)])
+    return table(rows)
+
+
+def each_seed(record: dict[str, Any]) -> str:
+    """The errors of a PINN, in %."""
+    errors = [100 * row[0] for row in record["test"]]
+    return ", ".join(f"{error:.0f}" if error >= 10 else f"{error:.1f}" for error in errors)
 
 
 def rescaling_table(records: Records, optimizer: str) -> str:
@@ -214,6 +235,8 @@ def report(records: Records) -> str:
         '"searched" have four settings beside it, and are compared with "equal, searched". A method that was not run '
         "on all data sets has no mean. Held out are the data sets on which no default was chosen.",
     ]
+    pinns = {key: record for key, record in records.items() if key.data in PINNS}
+    records = {key: record for key, record in records.items() if key.data not in PINNS}
     for optimizer in sorted({key.optimizer for key in records}):
         present = {key.condition for key in records if key.optimizer == optimizer}
         conditions = [condition for condition in CONDITIONS if condition in present]
@@ -228,6 +251,8 @@ def report(records: Records) -> str:
             ]
         for condition in conditions:
             parts += [f"## {optimizer}, {condition}: every task", task_tables(records, optimizer, condition)]
+    if pinns:
+        parts += ["## PINN", PINN_WORDS, *(pinn_table(pinns, name) for name in sorted({key.data for key in pinns}))]
     if candidates := defaults.page(records):
         parts += ["## How the defaults were chosen", candidates]
     if optimizers := optimizers_table(records):
