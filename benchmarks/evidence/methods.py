@@ -104,6 +104,21 @@ def searched(name: str, values: list[float]) -> Callable[[Case], list[Setting]]:
     return lambda case: [case.same(f"{name} = {value:g}", **{name: value}) for value in values]
 
 
+def sizes(case: Case) -> list[Setting]:
+    """What a loss is where nothing is learned: 1, times its scale."""
+    return [case.same("L(0) = the losses' sizes", sizes=case.problem.scale(case.condition))]
+
+
+def with_sizes(sizes: Tensor) -> Any:
+    """GradNorm that takes these for L(0), not the losses of the first batch."""
+    balancer = gn.gradnorm()
+
+    def init(num_tasks: Any, **start: Any) -> gn.GradNormState:
+        return balancer.init(num_tasks, initial_losses=sizes, **start)
+
+    return gn.Balancer(init, balancer._passes, balancer.every, balancer.needs)
+
+
 EXPORT = "static from "  # and the name of a method
 
 CONTROLS = {
@@ -119,6 +134,7 @@ CONTROLS = {
 ALPHAS = searched("alpha", [0.0, 0.12, 0.5, 1.5])
 GRADNORMS = {
     "gradnorm": Method(gn.gradnorm()),  # the default, whatever it is
+    "gradnorm, L(0) given": Method(with_sizes, sizes),
     "gradnorm, as published": Method(gn.gradnorm(alpha=1.5, form="paper")),
     "gradnorm, searched": Method(lambda alpha: gn.gradnorm(alpha=alpha), ALPHAS),
     "gradnorm, as published, searched": Method(lambda alpha: gn.gradnorm(alpha=alpha, form="paper"), ALPHAS),
