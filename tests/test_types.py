@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -132,7 +133,8 @@ def errors_by_line(pairs):
 
 
 def by_mypy(path):
-    cache = ROOT / ".mypy_cache" / "script"  # not that of the package, which has options of its own
+    # Not that of the package, which has options of its own, and one for each worker: two at once break it.
+    cache = ROOT / ".mypy_cache" / f"script-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", f"--cache-dir={cache}", path]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode in (0, 1), run.stderr
