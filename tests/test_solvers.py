@@ -1,5 +1,8 @@
 """The small problems inside of the methods: against scipy's active-set solver, pseudoinverses, and their equations."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import scipy.optimize
@@ -433,3 +436,28 @@ def test_near_mean_of_more_tasks_than_dimensions(draws, count, rank, c, dtype):
     assert (achieved > 0.1).any()
     assert (((d - mean).norm(dim=1) - radius).abs() / longest).max() <= (1e-9 if dtype == F64 else 1e-2)
     assert ((possible - achieved) / longest.square()).max() <= (1e-9 if dtype == F64 else 1e-2)
+
+
+AGAIN = """
+import importlib, sys, torch
+import gradnorm_func as gn
+{again}
+step = lambda a, b: nnls.nnls(a, b) + 1
+a, b = torch.eye(3, dtype=torch.float64), torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64)
+print(torch.compile(step, fullgraph=True, backend="aot_eager")(a, b).tolist())
+"""
+RELOADED = "from gradnorm_func._solvers import nnls; importlib.reload(nnls)"
+ANEW = """
+old = {name: module for name, module in sys.modules.items() if name.startswith("gradnorm_func")}
+for name in old: del sys.modules[name]
+from gradnorm_func._solvers import nnls
+"""
+
+
+@pytest.mark.parametrize("again", [RELOADED, ANEW])
+def test_a_node_is_no_obstacle_to_another_import(again):
+    """A notebook reloads modules; a test runner may import a package anew while the old one is alive."""
+    run = subprocess.run(
+        [sys.executable, "-c", AGAIN.replace("{again}", again)], capture_output=True, text=True, check=False
+    )
+    assert run.stdout.strip() == "[2.0, 1.0, 3.0]", run.stderr[-2000:]

@@ -43,7 +43,9 @@ def node(empty: Callable[..., Any], outputs: int = 1) -> Callable[[Loop], Loop]:
 def _op(loop: Loop, empty: Callable[..., Any], outputs: int) -> Any:
     """The function as torch's own operation; `custom_op` would do the same, at twice the price of a call."""
     name = loop.__name__.lstrip("_")
-    _libraries.pop(name, None)  # of a module that is loaded once more
+    reloaded = _libraries.pop(name, None) is not None  # then the old one is gone by now
+    if not reloaded and hasattr(torch.ops.gradnorm_func, name):  # the package was imported anew, beside itself
+        return getattr(torch.ops.gradnorm_func, name).default
     make: Any = torch.library.Library  # which has no types
     library = _libraries[name] = make("gradnorm_func", "FRAGMENT")
     arguments = ", ".join(f"Tensor {argument}" for argument in inspect.signature(loop).parameters)
