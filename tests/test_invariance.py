@@ -67,7 +67,9 @@ def assert_same(plain, scaled, scales):
         assert bool(other.finite)
     first = plain[2][0]
     there = ~first.losses.isnan()
-    assert first.losses[there].std() / first.losses[there].mean() > 0.05
+    assert first.losses[there].std() / first.losses[there].mean() > (
+        0.1 if there.all() else 0.05
+    )  # two tasks differ less
     assert (plain[1].weights / first.weights)[there].std() > 1e-4
 
 

@@ -327,7 +327,7 @@ def test_check_finds_randomness() -> None:
     case = make("mlp")
     honest = case.seam("within")
     noisy = honest.heads | {"c": lambda p, z, batch: F.dropout(z, 0.5).square().mean()}
-    with pytest.raises(ValueError, match="random"):
+    with pytest.raises(ValueError, match=r"the loss of 'c' is random \(dropout"):
         gn.check(gn.multi_task_loss(honest.backbone, noisy), case.params(), case.batch, where="trunk")
 
 

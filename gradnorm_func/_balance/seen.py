@@ -23,7 +23,7 @@ class Seen(NamedTuple):
 
     losses: Tensor  # (T,) L_i
     norms: Tensor  # (T,) ‖∇_W L_i‖, unweighted
-    active: Tensor  # (T,) bool: the tasks that are present in this batch
+    active: Tensor  # (T,) bool: the tasks that are present (torch 2.10 does not compile sums with a property)
     example_norms: Any = ()  # (T,) mean over examples of ‖∂L_i/∂z_b‖; () unless asked for, and where W is not z
     gramian: Any = ()  # (T, T) ⟨∇_W L_i, ∇_W L_j⟩; () unless asked for
     extra: Any = ()  # what the method's own `needs` function returned

@@ -17,7 +17,7 @@ def project_mean(gramian: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     """
     units = own_units(gramian, active)
     slope = units.cosines @ units.lengths
-    y = _least_squares(units.cosines, -slope)
+    y = _lift(units.cosines, -slope)
     error = torch.minimum(y, units.cosines @ y + slope).abs().max()
     weights = (active + units.inverses * y) / active.sum()
     return weights.to(gramian.dtype), error.to(gramian.dtype)
@@ -29,12 +29,12 @@ def project_each(gramian: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     Again least squares, with C and the rows of -C, all of order 1 whatever the gradients' lengths.
     """
     units = own_units(gramian, active)
-    y = _least_squares(units.cosines, -units.cosines)
+    y = _lift(units.cosines, -units.cosines)
     error = torch.minimum(y, y @ units.cosines + units.cosines).abs().max()
     weights = (1 + units.inverses * (units.lengths @ y)) * active / active.sum()
     return weights.to(gramian.dtype), error.to(gramian.dtype)
 
 
-def _least_squares(cosines: Tensor, right: Tensor) -> Tensor:
-    """y >= 0, of right sides (..., T). Of two tasks that conflict one alone has to be lifted."""
+def _lift(cosines: Tensor, right: Tensor) -> Tensor:
+    """The y of `nnls`, of right sides (..., T). Of two tasks that conflict one alone has to be lifted."""
     return right.clamp(min=0) / diagonal(cosines) if cosines.shape[-1] == 2 else nnls(cosines, right)

@@ -12,7 +12,7 @@ from gradnorm_func._solvers.units import own_units
 ITERATIONS = 20
 NEAR = 1e-8  # a relative step of Newton's after which there is nothing left to do
 SOLVED = 1e-6
-ROUNDING = 1e-15
+ROUNDING = 1e-15  # by which two weights may differ that are the same
 RIDGE = 1e-12  # of the cosines, where no direction helps all tasks: the equations have no solution, and these have
 
 

@@ -44,7 +44,6 @@ def log_dict(info: Info, names: Tasks | None = None, *, prefix: str = "") -> dic
         tensor(3.)
     """
     tasks = _task_names(info, names)
-    len(tasks)
     flat: dict[str, Tensor] = {}
     for path, leaf in zip(tree.paths(info), tree.flatten(info)[0], strict=True):
         value, name = leaf.detach(), prefix + path
