@@ -146,7 +146,7 @@ def eager_steps(case: Case) -> dict[str, Step]:
         copies = gn.fork(case.loss.shared(leaves, case.batch)[0], case.num_tasks)
         losses = [head(leaves, z, case.batch) for head, z in zip(case.loss.functions, copies, strict=True)]
         weighted(losses, state.weights).backward()
-        at_z.balance(state, gn.measure_losses(losses, copies, weights=state.weights))
+        at_z.balance(state, gn.measure_losses(losses, copies, weights=state.weights, needs=at_z.needs))
 
     return {
         "plain": plain,

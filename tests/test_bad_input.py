@@ -41,6 +41,11 @@ TWICE = gn.multi_task_loss(
     SEAM.heads,
     last_shared=SEAM.last_shared,
 )
+PAST_Z = gn.multi_task_loss(
+    SEAM.backbone,
+    SEAM.heads | {"t2": lambda p, z, b: (z @ p["trunk.1.weight"]).square().mean()},
+    last_shared=SEAM.last_shared,
+)
 
 
 def with_head(loss_fn, head):
@@ -158,6 +163,26 @@ CALLS = {
     "applied twice": (
         lambda s: gn.gradnorm_grad(s, P, TWICE, B, where="trunk.1.weight"),
         "the backbone reads 'trunk.1.weight' itself, and last_shared=gn.shared_linear('trunk.1.weight', ...) ",
+    ),
+    "W read by a head": (
+        lambda s: gn.gradnorm_grad(s, P, PAST_Z, B, where="trunk.1.weight"),
+        "a head reads 'trunk.1.weight' itself, and norms at last_shared=gn.shared_linear('trunk.1.weight', ...) miss",
+    ),
+    "W read by a head, weights by this step's norms": (
+        lambda s: gn.normalized(where="trunk.1.weight").grad(gn.normalized().init(3), P, PAST_Z, B),
+        "a head reads 'trunk.1.weight' itself",
+    ),
+    "a head writes to z": (
+        lambda s: gn.gradnorm_grad(s, P, with_head(SEAM, lambda p, z, b: z.relu_().sum()), B),
+        "a head writes to z in place, which all heads read: let it begin with",
+    ),
+    "a head writes to z, weights by this step's norms": (
+        lambda s: gn.normalized().grad(gn.normalized().init(3), P, with_head(SEAM, lambda p, z, b: z.relu_().sum()), B),
+        "a head writes to z in place, which all heads read: let it begin with",
+    ),
+    "no example norms": (
+        lambda s: FIXED.balance(FIXED.init(3, dtype=F64), gn.measure(P, SEAM, B, needs="norms")),
+        "stats has no example_norms: take them by measure(..., needs='example_norms')",
     ),
     "no aux": (
         lambda s: gn.gradnorm_grad(s, P, GENERAL, B, has_aux=True),

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toys import BALANCERS, GRAMIAN, but_for_looks, leaves, make_batch, make_params, make_problem, same_bits
 
 import gradnorm_func as gn
-from gradnorm_func._balance import guard
+from gradnorm_func._balance import guard, seen
 from gradnorm_func._balance.guard import due
-from gradnorm_func._core import numerics
+from gradnorm_func._core import numerics, optim
 from gradnorm_func._solvers import fair, nnls, trust
 
 F64 = torch.float64
@@ -185,7 +185,7 @@ def test_the_device_is_never_waited_for(name, path, monkeypatch):
     for _ in range(2):
         expected = balancer.grad(asked, params, loss_fn, batch, **options)
         asked = expected[1]
-    for module in (guard, numerics, nnls, trust, fair):
+    for module in (guard, seen, numerics, optim, nnls, trust, fair):
         monkeypatch.setattr(module, "free_to_ask", lambda x: False)
     for _ in range(2):
         with NoHostSync():
@@ -194,6 +194,8 @@ def test_the_device_is_never_waited_for(name, path, monkeypatch):
         state = found[1]
     if name in GRAMIAN:
         assert_close(found[:2], expected[:2], rtol=1e-8, atol=1e-9)
+    elif (name, path) == ("equal-norms", "W"):  # a step between its turns, not measured at W, adds up in another order
+        assert_close(found[:2], expected[:2], rtol=1e-13, atol=1e-14)
     else:
         assert same_bits(found[:2], expected[:2])
 
@@ -375,7 +377,7 @@ def test_micro_batches_merge_to_the_whole_batch(name, path, sizes):
     balancer, state, params, loss_fn, batch = setup(name, path)
     where = PATHS[path][1]
     _, state, _ = run(balancer, state, params, loss_fn, 2)
-    needs = "gramian" if name in GRAMIAN else "norms"
+    needs = "gramian" if name in GRAMIAN else "example_norms"
     measure = functools.partial(gn.measure, params, loss_fn, weights=state.weights, where=where, needs=needs)
     full, parts, start = measure(batch), [], 0
     for size in sizes:

@@ -51,10 +51,14 @@ def test_shared_linear(
     expected = torch.stack([norm(ref.rows[name]) for name in "abc"])
     assert bool((expected > 0).all())
 
-    square = linear._square
-    monkeypatch.setattr(linear, "_square", lambda *args: (rows.append(1) if args[2] is None else 0) or square(*args))
+    one = linear._norm
+    monkeypatch.setattr(linear, "WORTH", 0)
+    monkeypatch.setattr(linear, "_norm", lambda *args: rows.append(1) or one(*args))
     assert_near(gn.task_grad_norms(loss_fn, params, (x, y), where=list(wanted)), expected)
     assert bool(rows) == (branch == "direct" or wanted == "b")
+    stats = gn.measure(params, loss_fn, (x, y), weights=weights_of("abc"), where=list(wanted), norms_only=True)
+    assert_near(stats.grad_norms, expected)
+    assert_same_sum([stats.grads[path] for path in wanted], ref.total)
     _, grads = gn.task_grads(loss_fn, params, (x, y), where=list(wanted))
     for i, path in enumerate(wanted):
         assert_near(grads[path], torch.stack([ref.rows[name][i] for name in "abc"]), path)

@@ -94,9 +94,11 @@ class Algorithm1(NamedTuple):
     def inverse_rates(self, state: GradNormState, seen: Seen) -> tuple[Tensor, Tensor]:
         """L(0), of a task's first loss that is not 0, and r. With α = 0 rates are only reported."""
         losses, initial = seen.losses, state.initial_losses
-        if not (self.keeps_first() and _all_seen(initial)):
+        if self.keeps_first() and _all_seen(initial):
+            ratios = losses / initial
+        else:
             initial = self.taken(state, losses)
-        ratios = _one_for_nan(losses / initial)
+            ratios = _one_for_nan(losses / initial)
         return initial, _one_for_nan(ratios / seen.mean(ratios))
 
     def taken(self, state: GradNormState, losses: Tensor) -> Tensor:
@@ -164,7 +166,7 @@ def _check_kind(state: Any) -> None:
 
 def _all_seen(initial_losses: Tensor) -> bool:
     """Whether every task is known to have an L(0), and one that is not 0: where nobody may ask, none is."""
-    return asked(initial_losses, lambda initial: float(initial.abs().min()) > 0)
+    return asked(initial_losses, lambda initial: all(abs(loss) > 0 for loss in initial.tolist()))
 
 
 def units_of(losses: Tensor) -> Tensor:

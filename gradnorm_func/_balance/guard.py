@@ -112,6 +112,8 @@ class Guarded(NamedTuple):
 
     def _require(self, stats: TaskStats) -> None:
         field = {"norms": "grad_norms", "example_norms": "grad_norms", "gramian": "gramian"}.get(self.method.needs)
+        if self.method.needs == "example_norms" and present(stats.square_norms):  # at z, where there are some
+            field = "example_norms"
         if field is not None and not present(getattr(stats, field)):
             raise ValueError(
                 f"stats has no {field}: take them by measure(..., needs={self.method.needs!r}) or "

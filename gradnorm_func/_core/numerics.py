@@ -29,7 +29,8 @@ def full_precision(like: Tensor) -> AbstractContextManager[Any]:
 
 def accum_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype to add up in: the widest of the tensors', but at least float32."""
-    return reduce(torch.promote_types, {x.dtype for x in tensors}, torch.float32)
+    dtypes = {x.dtype for x in tensors}
+    return torch.float32 if dtypes == {torch.float32} else reduce(torch.promote_types, dtypes, torch.float32)
 
 
 def promoted(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.numerics import accum_dtype, column, safe_sqrt
-from gradnorm_func._core.tracing import traced
+from gradnorm_func._core.tracing import free_to_ask, traced
 
 Schedule: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -44,7 +44,7 @@ class AdamState(NamedTuple):
 def as_optimizer(optimizer: Any) -> Optimizer:
     """The pair by its names; None is GradNorm's default."""
     if optimizer is None:
-        return adam()
+        return DEFAULT
     if not (isinstance(optimizer, (tuple, list)) and len(optimizer) == 2 and all(map(callable, optimizer))):
         raise ValueError(
             f"optimizer={optimizer!r} must be gn.sgd(lr), gn.adam(lr) or another (init, update) pair of functions: "
@@ -159,20 +159,28 @@ def adam(
         grad, count = grad.to(state.mean.dtype), state.step + 1
         mean = _mixed(grad, state.mean, b1)
         square = _mixed(grad * grad, state.square, b2)
-        power = column(count.to(grad.dtype), grad)
-        if traced():  # stacked, or a compiler would inline the powers and take them again for every element
-            mean_part, square_part = (1 - torch.stack([b1**power, b2**power])).unbind()
-            size = safe_sqrt(square / square_part)
-        else:
-            mean_part, square_part = torch.rsub(torch.pow(b1, power), 1), torch.rsub(torch.pow(b2, power), 1)
-            size = (square / square_part).sqrt()
+        mean_part, square_part = _parts_seen(count, grad, b1, b2)
+        size = square / square_part
         rate = _rate(learning_rate, state.step)
-        step = mean * -rate / ((size + eps) * mean_part)
+        step = mean * (-rate / mean_part) / ((safe_sqrt(size) if traced() else size.sqrt()) + eps)
         if decays:
             step = step - rate * weight_decay * weights
         return step, AdamState(count, mean, square)
 
     return Optimizer(init, update)
+
+
+def _parts_seen(count: Tensor, like: Tensor, b1: float | Tensor, b2: float | Tensor) -> tuple[Any, Any]:
+    """1 - b^t of both moments, which are too small by that; numbers, where t is known to be the same for all."""
+    if traced():  # stacked, or a compiler would inline the powers and take them again for every element
+        power = column(count.to(like.dtype), like)
+        mean_part, square_part = (1 - torch.stack([b1**power, b2**power])).unbind()
+        return mean_part, square_part
+    if count.numel() <= 128 and free_to_ask(count) and len(counts := set(count.view(-1).tolist())) == 1:
+        power = counts.pop()
+    else:
+        power = column(count.to(like.dtype), like)
+    return 1 - b1**power, 1 - b2**power
 
 
 def _mixed(new: Tensor, old: Tensor, decay: float | Tensor) -> Tensor:
@@ -187,3 +195,6 @@ def _rate(learning_rate: float | Tensor | Schedule, count: Tensor) -> float | Te
 def _check_rate(learning_rate: float | Tensor | Schedule) -> None:
     if isinstance(learning_rate, (int, float)) and not learning_rate > 0:
         raise ValueError(f"learning_rate={learning_rate} must be positive; to freeze the weights pass update=False")
+
+
+DEFAULT = adam()  # of the task weights; one for all, so that what is remembered of it is found again

@@ -178,20 +178,13 @@ def task_vector(losses: PyTree, name: str = "losses", dtype: torch.dtype | None 
 
     `dtype` is for plain numbers alone, which would otherwise lose digits on their way to float64.
     """
+    if isinstance(losses, Tensor):
+        return _vector(losses, name)
     if are_scalars(losses):
         return torch.stack(losses)
     losses = tree.by_key(losses)
-    if not isinstance(losses, Tensor) and hasattr(losses, "__array__"):
-        losses = torch.as_tensor(losses, dtype=dtype)
-    if isinstance(losses, Tensor):
-        if losses.ndim == 0:
-            raise ValueError(
-                f"{name} is a single scalar, so there is nothing to balance: "
-                "return one scalar per task (a dict, a list, or a (T,) tensor), not their sum"
-            )
-        if losses.ndim != 1:
-            raise ValueError(f"{name} has shape {tuple(losses.shape)}: reduce it to one scalar per task, shape (T,)")
-        return losses
+    if hasattr(losses, "__array__"):  # numpy
+        return _vector(torch.as_tensor(losses, dtype=dtype), name)
     if absent := tree.nones(losses):
         raise ValueError(
             f"{name}[{absent[0]!r}] is None: its function returned nothing, so let it return the loss; a task that is "
@@ -208,6 +201,17 @@ def task_vector(losses: PyTree, name: str = "losses", dtype: torch.dtype | None 
     if not tensors:
         raise ValueError(f"{name} is empty: return one scalar per task")
     return torch.stack(tensors)
+
+
+def _vector(losses: Tensor, name: str) -> Tensor:
+    if losses.ndim == 0:
+        raise ValueError(
+            f"{name} is a single scalar, so there is nothing to balance: "
+            "return one scalar per task (a dict, a list, or a (T,) tensor), not their sum"
+        )
+    if losses.ndim != 1:
+        raise ValueError(f"{name} has shape {tuple(losses.shape)}: reduce it to one scalar per task, shape (T,)")
+    return losses
 
 
 def are_scalars(values: Any) -> TypeGuard[list[Tensor]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._core import tree
-from gradnorm_func._core.loss import LossFn, MultiTaskLoss, SharedLinear
+from gradnorm_func._core.loss import LossFn, MultiTaskLoss
 from gradnorm_func._core.numerics import row_norms
 from gradnorm_func._core.tasks import task_names, task_vector
 from gradnorm_func._core.tree import Tensors, Where
@@ -18,12 +18,11 @@ from gradnorm_func._measure.plan import Plan, plan_of, split_aux
 from gradnorm_func._measure.reach import (
     CLOSED_OVER,
     Reach,
-    ends_of,
+    applied_twice,
     private_where,
     reach_of,
     refuse_aux,
     same_random_numbers,
-    twice_message,
 )
 from gradnorm_func._measure.tape import leaves_of
 
@@ -82,7 +81,7 @@ def check(
     if unsteady := _not_finite_or_random(plan, rtol):
         raise ValueError(unsteady)
     reach = reach_of(plan)
-    findings = [_cut_off(reach), _closed_over(plan, reach), private_where(plan, reach), _applied_twice(plan)]
+    findings = [_cut_off(reach), _closed_over(plan, reach), private_where(plan, reach), applied_twice(plan)]
     if isinstance(loss_fn, MultiTaskLoss):
         findings.append(_past_the_seam(loss_fn, params, batch, where, rtol, has_aux))
     findings = [finding for finding in findings if finding]
@@ -161,24 +160,6 @@ def _closed_over(plan: Plan, reach: Reach) -> str:
         f"no loss depends on {', '.join(map(repr, paths))}, but losses depend on parameters of such shapes that are "
         f"not in params: {CLOSED_OVER}"
     )
-
-
-def _applied_twice(plan: Plan) -> str:
-    """A `shared_linear` is the last thing that happens to h, so that the backbone has no business with its weight."""
-    loss = plan.loss_fn
-    if not isinstance(loss, MultiTaskLoss) or not isinstance(loss.last_shared, SharedLinear):
-        return ""
-    layer = [loss.last_shared.weight, *([] if loss.last_shared.bias is None else [loss.last_shared.bias])]
-    names = _paths(plan)
-
-    def backbone(leaves: list[Tensor]) -> list[Tensor]:
-        assert loss.backbone is not None
-        out = loss.backbone(plan.params(leaves), plan.batch)
-        h: list[Tensor] = tree.flatten(out[0] if loss.has_aux else out)[0]
-        return h
-
-    twice = [names[i] for i in sorted(ends_of(plan, backbone)) if names[i] in layer]
-    return twice_message(twice[0]) if twice else ""
 
 
 def _past_the_seam(

@@ -27,8 +27,9 @@ class Trunk(NamedTuple):
     tape: Tape
     z: list[Tensor]  # leaves, the first axis of which is that of the examples
     z_treedef: Any
-    layer: tuple[Tensor, ...]  # (h, y) of a `shared_linear`, z = activation(y); nothing otherwise
-    layer_indices: list[int]  # its leaves, where it reads copies of them, to tell what else reads these
+    h_and_y: tuple[Tensor, ...]  # of a `shared_linear`, z = activation(y); nothing otherwise
+    in_w: linear.Leaves | None  # what of that layer is W; None if W is anything else
+    layer: list[Tensor]  # copies of these leaves, which it reads, to tell what else reads them
     trunk_losses: list[Tensor]  # losses of the trunk alone, which no head sees
     aux: Any
 
@@ -41,6 +42,7 @@ class AtZ(NamedTuple):
     z_grads: list[PerTask]  # leaves of z, each for all tasks
     w_indices: list[int]  # leaves of W that heads may read themselves, past z
     w_grads: list[Tensor]  # (T, ...) at these
+    y_grads: PerTask | None = None  # of the y of a `shared_linear`, if they have come by there
 
 
 class Crossed(NamedTuple):
@@ -96,7 +98,7 @@ class Weighted(NamedTuple):
         if plan.needs == "gramian" and plan.where is None:
             # As a matrix, for the Gramian is a product with it, and so is the weighted sum.
             at_z = at_z._replace(z_grads=[stacked(leaf) for leaf in at_z.z_grads])
-        stats = _stats_at_w(plan, trunk, at_z, None if plain else at_z.seeds)
+        stats = stats_at_w(plan, trunk, at_z, None if plain else at_z.seeds)
         weights, decision = plan.decide(stats, ())
         if weights is None:
             return Crossed(stats, None, decision=decision)
@@ -108,20 +110,22 @@ class Weighted(NamedTuple):
         return Crossed(stats, cotangents, plan.seeds(weights, at_z.losses.dtype), decision=decision)
 
 
-def _stats_at_w(plan: Plan, trunk: Trunk, at_z: AtZ, seeds: Tensor | None) -> TaskStats:
+def stats_at_w(plan: Plan, trunk: Trunk, at_z: AtZ, seeds: Tensor | None) -> TaskStats:
     """Norms, Gramian or gradients at W; `seeds` are what the gradients carry, None for nothing."""
     losses, z_grads = promoted(at_z.losses), at_z.z_grads
     if plan.needs == "losses":
         return TaskStats(losses)
     if plan.where is None:
         return stats_at_z(plan, losses, z_grads, seeds)
-    layer = linear_leaves(plan)
+    layer = trunk.in_w
     if layer is None:
         return stats_at_leaves(plan, losses, _pulled_to_leaves(plan, trunk, at_z), seeds)
     assert isinstance(plan.loss_fn, MultiTaskLoss)
     assert isinstance(plan.loss_fn.last_shared, SharedLinear)
-    h, y = trunk.layer
-    y_grads = linear.before_activation(plan.loss_fn.last_shared, y, z_grads[0])
+    h, y = trunk.h_and_y
+    y_grads = at_z.y_grads
+    if y_grads is None:
+        y_grads = linear.before_activation(plan.loss_fn.last_shared, y, z_grads[0])
     if plan.needs == "gramian" or plan.merges or plan.task_grads:
         rows = linear.gradients(h, stacked(y_grads), layer)
         rows = [rows[layer.order.index(i)].to(plan.leaves[i].dtype) for i in plan.where]

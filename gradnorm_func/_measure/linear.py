@@ -14,8 +14,10 @@ from gradnorm_func._core import tree
 from gradnorm_func._core.loss import SharedLinear
 from gradnorm_func._core.numerics import accum_dtype, asked, diagonal, full_precision, safe_sqrt
 from gradnorm_func._measure.norms import PerTask, stacked
-from gradnorm_func._measure.plan import Plan
+from gradnorm_func._measure.plan import Plan, filled
 from gradnorm_func._measure.tape import tape
+
+WORTH = 2**22  # multiplications that must be saved, or the longer way of the Gram identity does not pay
 
 
 class Leaves(NamedTuple):
@@ -53,8 +55,7 @@ def before_activation(layer: SharedLinear, y: Tensor, z_grads: PerTask) -> PerTa
     if isinstance(z_grads, Tensor):
         pulled = run.pull_rows([z_grads], None, vectorize=True, chunk_size=None)[0]
         return torch.zeros_like(z_grads) if pulled is None else pulled
-    grads = [run.pull([grad])[0] for grad in z_grads]
-    return [torch.zeros_like(y) if grad is None else grad for grad in grads]
+    return filled([run.pull([grad])[0] for grad in z_grads], [y] * len(z_grads))
 
 
 def each(fn: Callable[[Tensor], Tensor], per_task: PerTask) -> PerTask:
@@ -85,13 +86,21 @@ def norms(h: Tensor, y_grads: PerTask, leaves: Leaves) -> Tensor:
     """
     rows = h.reshape(-1, h.shape[-1]).to(y_grads[0].dtype)
     (n, d_in), d_out, num_tasks = rows.shape, y_grads[0].shape[-1], len(y_grads)
-    by_gram = leaves.weight and num_tasks * n * d_out * d_in > num_tasks * n * n * d_out + n * n * d_in
+    saved = num_tasks * n * d_out * d_in - (num_tasks * n * n * d_out + n * n * d_in)
+    by_gram = leaves.weight and saved > WORTH
+
+    def direct(y_grad: Tensor) -> Tensor:
+        return _norm(rows, y_grad.reshape(n, d_out), leaves)
+
     with full_precision(h):
-        inputs = _products(rows) + float(leaves.bias) if by_gram else None
-        squares = stacked(each(lambda y_grad: _square(rows, y_grad.reshape(n, d_out), inputs, leaves), y_grads))
-        if inputs is not None and asked(squares, lambda squares: _cancelled(squares, y_grads, inputs)):
-            squares = stacked(each(lambda y_grad: _square(rows, y_grad.reshape(n, d_out), None, leaves), y_grads))
-    return safe_sqrt(squares)
+        if by_gram:
+            inputs = _products(rows) + float(leaves.bias)
+            # Rounding can take the square of a vanishing norm below zero.
+            by_task = each(lambda g: (_products(g.reshape(n, d_out)) * inputs).sum().clamp(min=0), y_grads)
+            squares = stacked(by_task)
+            if not asked(squares, lambda squares: _cancelled(squares, y_grads, inputs)):
+                return safe_sqrt(squares)
+        return stacked(each(direct, y_grads))
 
 
 def _cancelled(squares: Tensor, y_grads: PerTask, inputs: Tensor) -> Tensor:
@@ -106,12 +115,10 @@ def _products(x: Tensor) -> Tensor:
     return x @ x.mT
 
 
-def _square(rows: Tensor, cotangent: Tensor, inputs: Tensor | None, leaves: Leaves) -> Tensor:
-    """The square norm of one task; `inputs` is H Hᵀ where the Gram identity is the cheaper way."""
-    if inputs is not None:
-        # Rounding can take the square of a vanishing norm below zero.
-        return (_products(cotangent) * inputs).sum().clamp(min=0)
+def _norm(rows: Tensor, cotangent: Tensor, leaves: Leaves) -> Tensor:
+    """The norm of one task at weight and bias."""
     parts = [rows.mT @ cotangent] if leaves.weight else []
     parts += [cotangent.sum(0, dtype=accum_dtype(cotangent))] if leaves.bias else []
-    squares = [part.to(accum_dtype(part)).square().sum() for part in parts]
-    return squares[0] if len(squares) == 1 else squares[0] + squares[1]
+    norms = [torch.linalg.vector_norm(part, dtype=accum_dtype(part)) for part in parts]
+    both: Tensor = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    return both

@@ -30,7 +30,7 @@ def measure(
     *,
     weights: Tensor | Callable[[TaskStats], Tensor] | None = None,
     where: Where = None,
-    needs: Needs = "norms",
+    needs: Needs = "example_norms",
     heads: Heads = "weighted",
     norms_only: bool = False,
     num_examples: float | Tensor = 1.0,
@@ -51,8 +51,8 @@ def measure(
             parameters.
         where: W, by dotted path prefix, a list of them, or a predicate on the path. None is z, the representation,
             for a `multi_task_loss` with a backbone, and every parameter otherwise.
-        needs: what to measure of each task's gradient, `balancer.needs` for one: "norms" (or "example_norms": at z both
-            come), "gramian", which has the norms on its diagonal, or "losses", which is nothing of it: the cost is a
+        needs: what to measure of each task's gradient, `balancer.needs` for one: "norms"; "example_norms", of z, beside
+            those; "gramian", which has the norms on its diagonal; or "losses", which is nothing of it: the cost is a
             plain training step's.
         heads: what the heads of a `multi_task_loss` learn from: "weighted", the sum Σ w_i L_i, or "own", each its own
             loss at weight 1, so that only what is shared gets the weighted sum.
@@ -92,7 +92,7 @@ def measure(
         batch,
         where,
         rule,
-        "example_norms" if needs == "norms" else needs,
+        needs,
         heads=heads,
         merges=not norms_only,
         has_aux=has_aux,

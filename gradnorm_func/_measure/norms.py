@@ -34,7 +34,7 @@ def stats_at_z(plan: Plan, losses: Tensor, z_grads: list[PerTask], seeds: Tensor
             example_norms = plan.without(seeds, example_norms)
         stats = stats._replace(example_norms=example_norms)
     else:
-        norms = _norms(z_grads)
+        norms = norms_at_z(z_grads)
     if seeds is not None:
         norms = plan.without(seeds, norms)
     return stats._replace(grad_norms=norms, square_norms=norms.square() if plan.merges else ())
@@ -61,12 +61,7 @@ def norms_by_example(z_grads: Sequence[PerTask]) -> tuple[Tensor, Tensor]:
     return torch.linalg.vector_norm(rows, dim=1), rows.mean(1) if rows.shape[1] else rows.sum(1)
 
 
-def stacked(leaf: PerTask) -> Tensor:
-    """(T, ...), the tasks along the first axis."""
-    return leaf if isinstance(leaf, Tensor) else torch.stack(leaf)
-
-
-def _norms(z_grads: list[PerTask]) -> Tensor:
+def norms_at_z(z_grads: list[PerTask]) -> Tensor:
     """(T,) norms over the batch and z."""
     if any(isinstance(leaf, Tensor) for leaf in z_grads):
         return row_norms([stacked(leaf) for leaf in z_grads])
@@ -78,6 +73,11 @@ def _norms(z_grads: list[PerTask]) -> Tensor:
         norms = list(torch._foreach_norm(tensors, 2, dtype))
     table = torch.stack(norms)
     return table if len(z_grads) == 1 else torch.linalg.vector_norm(table.reshape(len(z_grads), -1), dim=0)
+
+
+def stacked(leaf: PerTask) -> Tensor:
+    """(T, ...), the tasks along the first axis."""
+    return leaf if isinstance(leaf, Tensor) else torch.stack(leaf)
 
 
 def _example_norms(leaf: PerTask) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._core import tree
+from gradnorm_func._core.loss import MultiTaskLoss, SharedLinear
 from gradnorm_func._core.numerics import asked
 from gradnorm_func._core.tasks import task_names
 from gradnorm_func._core.tracing import free_to_ask
@@ -136,10 +137,34 @@ def private_where(plan: Plan, reach: Reach) -> str:
     )
 
 
-def twice_message(path: str) -> str:
-    """What to say of a layer that the backbone applies too."""
+def applied_twice(plan: Plan, paths: Sequence[str] | None = None) -> str:
+    """What to say of a backbone that reads the `shared_linear`, which is the last thing that happens to h."""
+    loss = plan.loss_fn
+    if not isinstance(loss, MultiTaskLoss) or not isinstance(loss.last_shared, SharedLinear):
+        return ""
+    layer = paths or [loss.last_shared.weight, *([] if loss.last_shared.bias is None else [loss.last_shared.bias])]
+    names = tree.paths(plan.params(plan.leaves))
+
+    def backbone(leaves: list[Tensor]) -> list[Tensor]:
+        assert loss.backbone is not None
+        out = loss.backbone(plan.params(leaves), plan.batch)
+        h: list[Tensor] = tree.flatten(out[0] if loss.has_aux else out)[0]
+        return h
+
+    read = {names[i] for i in ends_of(plan, backbone)}
+    twice = [path for path in layer if path in read]
+    if not twice:
+        return ""
     return (
-        f"the backbone reads {path!r} itself, and last_shared=gn.shared_linear({path!r}, ...) applies it once more, so "
-        "that norms there miss a part: let the backbone end before this layer, or, if the layer is meant to run twice, "
-        "give last_shared as a function (params, h) -> z"
+        f"the backbone reads {twice[0]!r} itself, and last_shared=gn.shared_linear({twice[0]!r}, ...) applies it once "
+        "more, so that norms there miss a part: let the backbone end before this layer, or, if the layer is meant to "
+        "run twice, give last_shared as a function (params, h) -> z"
+    )
+
+
+def read_by_a_head(path: str) -> str:
+    """What to say of a `shared_linear` that a head reads past z."""
+    return (
+        f"a head reads {path!r} itself, and norms at last_shared=gn.shared_linear({path!r}, ...) miss what does not go "
+        "by way of z: let heads read z alone, or give last_shared as a function (params, h) -> z"
     )

@@ -3,11 +3,14 @@
 Each head gets its own copy of the representation z, so that the backward pass through the heads yields every ∂L_i/∂z
 separately. What becomes of them is the crossing's affair; the one cotangent that it makes goes on into the trunk.
 No forward runs twice.
+
+Where the weights do not wait for these gradients, and autograd records, the copies stay joined to the trunk: the plain
+step's own backward pass, from the losses to all parameters, leaves ∂(w_i L_i)/∂z on its way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -15,14 +18,14 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._core import tree
-from gradnorm_func._core.loss import MultiTaskLoss, StackedHeads
+from gradnorm_func._core.loss import MultiTaskLoss, SharedLinear, StackedHeads
 from gradnorm_func._core.tasks import are_scalars, task_vector
 from gradnorm_func._core.tracing import traced
-from gradnorm_func._measure.crossing import AtZ, Crossing, Trunk, Weighted, linear_leaves
+from gradnorm_func._measure.crossing import AtZ, Crossing, Trunk, Weighted, linear_leaves, stats_at_w
 from gradnorm_func._measure.norms import PerTask
 from gradnorm_func._measure.plan import Measured, Plan, filled, split_aux, weighted_sum
-from gradnorm_func._measure.reach import require_reached, require_tensors, twice_message
-from gradnorm_func._measure.tape import Grads, Tape, copy_of, tape
+from gradnorm_func._measure.reach import applied_twice, read_by_a_head, require_reached, require_tensors
+from gradnorm_func._measure.tape import Grads, Tape, copy_of, gradients, leaves_of, tape
 
 
 def seam(plan: Plan, crossing_of: Callable[[Plan], Crossing] = Weighted) -> Measured:
@@ -30,6 +33,8 @@ def seam(plan: Plan, crossing_of: Callable[[Plan], Crossing] = Weighted) -> Meas
     loss = plan.loss_fn
     assert isinstance(loss, MultiTaskLoss)
     trunk = _trunk(plan, loss, crossing_of(plan).trunk_loss())
+    if crossing_of is Weighted and _joins(plan, trunk):
+        return _joined(plan, loss, trunk)
     heads = _heads(plan, loss, trunk, crossing_of(plan))
     losses = heads.tape.outputs[0]  # (T,)
     plan, decision = plan.with_losses(losses)
@@ -50,16 +55,79 @@ def seam(plan: Plan, crossing_of: Callable[[Plan], Crossing] = Weighted) -> Meas
         weights = crossed.w_weights
         at_w = [rows.sum(0) if weights is None else weighted_sum(weights, rows) for rows in w_grads]
         by_heads = dict(zip([*heads.indices, *heads.w_indices], [*grads, *at_w], strict=True))
+        for i in _copied(trunk):
+            if by_heads.get(i) is not None:
+                raise ValueError(read_by_a_head(tree.paths(plan.params(plan.leaves))[i]))
         stats = stats._replace(grads=_added(plan.leaves, trunk_grads, by_heads))
-    aux = (trunk.aux, heads.tape.aux) if plan.has_aux else ()
-    return Measured(stats, losses, aux, crossed.decision or decision, trunk.z_treedef)
+    return _measured(plan, trunk, stats, losses, heads.tape.aux, crossed.decision or decision)
+
+
+def _measured(plan: Plan, trunk: Trunk, stats: Any, losses: Tensor, heads_aux: Any, decision: Any) -> Measured:
+    aux = (trunk.aux, heads_aux) if plan.has_aux else ()
+    return Measured(stats, losses, aux, decision, trunk.z_treedef)
+
+
+def _joins(plan: Plan, trunk: Trunk) -> bool:
+    """Whether one backward pass gives all: the weights are known before it, and W is z or the layer that makes it."""
+    z = trunk.tape.saved
+    if plan.weights is None or plan.heads == "own" or not z or not all(leaf.requires_grad for leaf in z):
+        return False
+    if plan.needs == "losses":
+        return True
+    if callable(plan.weights) or any(leaf.dtype == torch.float16 for leaf in z):
+        return False
+    return plan.where is None or trunk.in_w is not None
+
+
+def _joined(plan: Plan, loss: MultiTaskLoss, trunk: Trunk) -> Measured:
+    """The plain step's backward pass, and the gradients that it has come by."""
+    with torch.enable_grad():
+        z, seen, by_layer = _joined_copies(plan, loss, trunk)
+        versions = [leaf._version for leaf in trunk.tape.saved]
+        vector, aux = _run_heads(plan, loss, trunk.z_treedef, plan.leaves, z)
+    if versions != [leaf._version for leaf in trunk.tape.saved]:
+        raise ValueError(_WRITTEN)
+    losses = vector.detach()
+    plan, decision = plan.with_losses(losses)
+    seeds = Weighted(plan).seeds(losses)
+
+    inputs = [*plan.leaves, *trunk.layer]
+    pulled = gradients([vector], [*inputs, *_flat(seen)], [seeds], last=True)
+    of_seen = _nested(pulled[len(inputs) :], seen)
+    at_z = AtZ(losses, seeds, [] if by_layer else of_seen, [], [], of_seen[0] if by_layer else None)
+    stats = stats_at_w(plan, trunk, at_z, seeds)
+    grads = _with_layer(plan, trunk, pulled[: len(inputs)])
+    require_reached(plan, any(grad is not None for grad in grads))
+    stats = stats._replace(grads=filled(grads, plan.leaves))
+    return _measured(plan, trunk, stats, losses, aux, decision)
+
+
+def _joined_copies(plan: Plan, loss: MultiTaskLoss, trunk: Trunk) -> tuple[list[PerTask], list[PerTask], bool]:
+    """z as the heads see it, on the trunk's graph; where the tasks' gradients are looked at on their way; and whether
+    that is before the activation of a `shared_linear`, where W would have them."""
+    stacked, shared = isinstance(loss.heads, StackedHeads), loss.last_shared
+    if isinstance(shared, SharedLinear) and trunk.in_w is not None and not stacked and plan.needs != "losses":
+        y = trunk.h_and_y[1]
+        views = [y.view_as(y) for _ in loss.functions]
+        return [[shared.activate(view) for view in views]], [views], True
+    z = _copies(plan, loss, trunk._replace(z=trunk.tape.saved), Weighted(plan))
+    if plan.needs == "losses":
+        return z, [], False
+    z = [copies if isinstance(copies, Tensor) else [x.view_as(x) for x in copies] for copies in z]
+    return z, z, False
+
+
+_WRITTEN = (
+    "a head writes to z in place, which all heads read: let it begin with an operation that makes a new tensor, "
+    "nn.ReLU(inplace=False) for one"
+)
 
 
 def _trunk(plan: Plan, loss: MultiTaskLoss, trunk_loss: Callable[[Any, Any, Any], Tensor] | None) -> Trunk:
     """z, as a function of all leaves of params."""
 
-    in_w = None if traced() else linear_leaves(plan)
-    indices = [] if in_w is None else in_w.order
+    in_w = linear_leaves(plan)
+    indices = [] if in_w is None or traced() else in_w.order
 
     def record(inputs: list[Tensor]) -> tuple[list[Tensor], Any]:
         leaves, copies = inputs[: len(plan.leaves)], inputs[len(plan.leaves) :]
@@ -73,18 +141,25 @@ def _trunk(plan: Plan, loss: MultiTaskLoss, trunk_loss: Callable[[Any, Any, Any]
         extra = [] if trunk_loss is None else [task_vector([trunk_loss(params, z, plan.batch)])[0]]
         return [*z_leaves, *extra], (z_treedef, layer, aux)
 
-    run = tape(record, [*plan.leaves, *(copy_of(plan.leaves[i]) for i in indices)])
-    z_treedef, layer, aux = run.aux
+    layer = leaves_of([plan.leaves[i] for i in indices])
+    run = tape(record, [*plan.leaves, *layer])
+    z_treedef, h_and_y, aux = run.aux
     count = z_treedef.num_leaves
-    return Trunk(run, run.outputs[:count], z_treedef, layer, indices, run.outputs[count:], aux)
+    return Trunk(run, run.outputs[:count], z_treedef, h_and_y, in_w, layer, run.outputs[count:], aux)
+
+
+def _copied(trunk: Trunk) -> list[int]:
+    """The leaves of a `shared_linear` of which it has copies."""
+    return trunk.in_w.order if trunk.layer and trunk.in_w is not None else []
 
 
 def _with_layer(plan: Plan, trunk: Trunk, pulled: Grads) -> Grads:
-    """The trunk's gradients, those of a `shared_linear` whose norms were taken put in their place."""
+    """Gradients of params and of the layer's copies, the latter put in their place, where nothing else has come to."""
     grads = pulled[: len(plan.leaves)]
-    for i, grad in zip(trunk.layer_indices, pulled[len(plan.leaves) :], strict=True):
+    for i, grad in zip(_copied(trunk), pulled[len(plan.leaves) :], strict=True):
         if grads[i] is not None:  # the norms miss this part
-            raise ValueError(twice_message(tree.paths(plan.params(plan.leaves))[i]))
+            path = tree.paths(plan.params(plan.leaves))[i]
+            raise ValueError(applied_twice(plan, [path]) or read_by_a_head(path))
         grads[i] = grad
     return grads
 
@@ -105,75 +180,98 @@ class _Heads(NamedTuple):
         and whether a head reads any of params."""
         count = seeds.shape[0]
         inputs = len(self.indices)
-        copies = sum(1 if isinstance(leaf, Tensor) else count for leaf in self.z)
+        copies = len(_flat(self.z))
         total = inputs + copies + len(self.w) * count
         of_z = range(inputs, inputs + copies) if z else ()
         wanted = [*(range(inputs) if leaves else ()), *of_z, *range(inputs + copies, total)]
         grads = iter(self.tape.pull([seeds], wanted, last=last))
         at_leaves = [next(grads) if leaves else None for _ in self.indices]
-        z_grads: list[PerTask] = []
-        for leaf in self.z if z else []:
-            if isinstance(leaf, Tensor):
-                z_grads += filled([next(grads)], [leaf])
-            else:
-                z_grads.append(filled([next(grads) for _ in leaf], leaf))
+        z_grads = _nested([next(grads) for _ in of_z], self.z) if z else []
         at_w = [[next(grads) for _ in range(count)] for _ in self.w]
         w_grads = [torch.stack(filled(row, [leaf] * count)) for row, leaf in zip(at_w, self.w, strict=True)]
         return at_leaves, z_grads, w_grads, any(grad is not None for grad in chain(at_leaves, *at_w))
 
 
 def _heads(plan: Plan, loss: MultiTaskLoss, trunk: Trunk, crossing: Crossing) -> _Heads:
-    if isinstance(loss.heads, StackedHeads):
-        return _stacked(plan, loss.heads, trunk, crossing)
-    count = len(loss.functions)
-    # Heads that learn from their own losses read copies of W even where nothing is measured at it: W gets the sum.
-    at_leaves = (plan.needs != "losses" or plan.heads == "own") and plan.where is not None
-    at_leaves = at_leaves and linear_leaves(plan) is None
-    w_indices = list(plan.where or []) if at_leaves else []
+    z = _copies(plan, loss, trunk, crossing)
+    count, w_indices = len(z[0]), _read_apart(plan, loss, trunk)
     indices = [i for i in range(len(plan.leaves)) if i not in w_indices]
-    z = [copies if isinstance(copies, list) else list(copies.unbind()) for copies in crossing.copies(trunk, count)]
+    if isinstance(loss.heads, StackedHeads):
+        indices = tree.select(plan.params(plan.leaves), loss.heads.path)
     w = [plan.leaves[i] for i in w_indices]
 
     def record(inputs: list[Tensor]) -> tuple[list[Tensor], Any]:
-        leaves = tree.replace(plan.leaves, indices, inputs[: len(indices)])
-        copies = inputs[len(indices) :]  # leaf by leaf of z, then of W; T of each
-        shared, outs = plan.params(leaves), []
-        for i, head in enumerate(loss.functions):
-            of_task = copies[i::count]
-            params = plan.params(tree.replace(leaves, w_indices, of_task[len(z) :])) if w_indices else shared
-            out = head(params, tree.unflatten(trunk.z_treedef, of_task[: len(z)]), plan.batch)
-            outs.append(split_aux(out, plan.has_aux, "a head"))
-        values = [value for value, _ in outs]
-        if are_scalars(values):
-            vector = torch.stack(values)
-        else:  # whoever says what is wrong has to know their names
-            named = loss.structure(values)
-            require_tensors(plan, named)
-            vector = task_vector(named)
-        return [vector], loss.structure([aux for _, aux in outs]) if plan.has_aux else ()
+        leaves, copies = tree.replace(plan.leaves, indices, inputs[: len(indices)]), inputs[len(indices) :]
+        of_z, of_w = copies[: len(copies) - count * len(w)], copies[len(copies) - count * len(w) :]
+        vector, aux = _run_heads(plan, loss, trunk.z_treedef, leaves, _nested(of_z, z), w_indices, of_w)
+        return [vector], aux
 
-    inputs = [*(plan.leaves[i] for i in indices), *chain(*z), *(copy_of(leaf) for leaf in w for _ in range(count))]
-    return _Heads(tape(record, inputs), indices, list(z), w_indices, w)
+    inputs = [*(plan.leaves[i] for i in indices), *_flat(z), *(copy_of(leaf) for leaf in w for _ in range(count))]
+    try:
+        return _Heads(tape(record, inputs), indices, z, w_indices, w)
+    except RuntimeError as error:
+        if "in-place" in str(error):
+            raise ValueError(_WRITTEN) from error
+        raise
 
 
-def _stacked(plan: Plan, heads: StackedHeads, trunk: Trunk, crossing: Crossing) -> _Heads:
-    """T heads of one architecture, under vmap: each sees its own parameters only."""
-    indices = tree.select(plan.params(plan.leaves), heads.path)
-    count = plan.leaves[indices[0]].shape[0]
-    z = [  # (T, ...) each
-        copies[0].expand(count, *copies[0].shape) if isinstance(copies, list) else copies
-        for copies in crossing.copies(trunk, count)
-    ]
+def _read_apart(plan: Plan, loss: MultiTaskLoss, trunk: Trunk) -> list[int]:
+    """The leaves of W of which every head reads a copy of its own."""
+    # Heads that learn from their own losses read copies of W even where nothing is measured at it: W gets the sum.
+    at_leaves = (plan.needs != "losses" or plan.heads == "own") and plan.where is not None
+    stacked = isinstance(loss.heads, StackedHeads)
+    return list(plan.where or []) if at_leaves and not stacked and trunk.in_w is None else []
 
-    def record(inputs: list[Tensor]) -> tuple[list[Tensor], Any]:
-        params = plan.params(tree.replace(plan.leaves, indices, inputs[: len(indices)]))
-        copies = tree.unflatten(trunk.z_treedef, inputs[len(indices) :])
-        out = heads.mapped(0)(tree.subtree(params, heads.path), copies, plan.batch)
+
+def _copies(plan: Plan, loss: MultiTaskLoss, trunk: Trunk, crossing: Crossing) -> list[PerTask]:
+    """z as the heads see it, leaf by leaf: T copies or, where the heads are stacked, one (T, ...)."""
+    if isinstance(loss.heads, StackedHeads):
+        first = tree.select(plan.params(plan.leaves), loss.heads.path)[0]
+        count = plan.leaves[first].shape[0]
+        copies = crossing.copies(trunk, count)
+        return [x[0].expand(count, *x[0].shape) if isinstance(x, list) else x for x in copies]
+    return [x if isinstance(x, list) else list(x.unbind()) for x in crossing.copies(trunk, len(loss.functions))]
+
+
+def _flat(z: list[PerTask]) -> list[Tensor]:
+    return list(chain(*([x] if isinstance(x, Tensor) else x for x in z)))
+
+
+def _nested(flat: Sequence[Tensor | None], z: list[PerTask]) -> list[PerTask]:
+    """What `_flat` has made flat, or gradients of that, in the form of z; zeros for what nobody has read."""
+    rest = iter(flat)
+    return [filled([next(rest)], [x])[0] if isinstance(x, Tensor) else filled([next(rest) for _ in x], x) for x in z]
+
+
+def _run_heads(
+    plan: Plan,
+    loss: MultiTaskLoss,
+    z_treedef: Any,
+    leaves: list[Tensor],
+    z: list[PerTask],
+    w_indices: Sequence[int] = (),
+    w: Sequence[Tensor] = (),
+) -> tuple[Tensor, Any]:
+    """(T,) losses and the heads' aux; `w` are copies of the leaves `w_indices`, T of each."""
+    params = plan.params(leaves)
+    if isinstance(loss.heads, StackedHeads):  # under vmap: each sees its own parameters only
+        out = loss.heads.mapped(0)(tree.subtree(params, loss.heads.path), tree.unflatten(z_treedef, z), plan.batch)
         losses, aux = split_aux(out, plan.has_aux, "a head")
         require_tensors(plan, losses)
-        return [task_vector(losses)], aux
-
-    return _Heads(tape(record, [*(plan.leaves[i] for i in indices), *z]), indices, list(z), [], [])
+        return task_vector(losses), aux
+    outs = []
+    for i, head in enumerate(loss.functions):
+        if w_indices:
+            params = plan.params(tree.replace(leaves, w_indices, w[i :: len(loss.functions)]))
+        out = head(params, tree.unflatten(z_treedef, [copies[i] for copies in z]), plan.batch)
+        outs.append(split_aux(out, plan.has_aux, "a head"))
+    aux = loss.structure([aux for _, aux in outs]) if plan.has_aux else ()
+    values = [value for value, _ in outs]
+    if are_scalars(values):
+        return torch.stack(values), aux
+    named = loss.structure(values)  # whoever says what is wrong has to know their names
+    require_tensors(plan, named)
+    return task_vector(named), aux
 
 
 def _added(leaves: list[Tensor], trunk: Grads, heads: dict[int, Tensor | None]) -> list[Tensor]:

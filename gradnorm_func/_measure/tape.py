@@ -91,24 +91,30 @@ def _by_autograd(fn: Recorded, inputs: Sequence[Tensor]) -> Tape:
     cut = [out.detach() for out in outputs]
 
     def pull(cotangents: Sequence[Tensor], wanted: Sequence[int] | None = None, *, last: bool = False) -> Grads:
-        pairs = [(out, c) for out, c in zip(outputs, cotangents, strict=True) if out.requires_grad]
-        asked = leaves if wanted is None else [leaves[i] for i in wanted]
-        if not pairs or not asked:
-            return [None] * len(asked)
-        heads, seeds = zip(*pairs, strict=True)
-        try:
-            with full_precision(cut[0]):
-                grads = torch.autograd.grad(heads, asked, seeds, retain_graph=not last, allow_unused=True)
-        except RuntimeError as error:
-            if "use_reentrant" in str(error):
-                raise ValueError(
-                    "torch keeps a reentrant checkpoint from torch.autograd.grad: give the torch.utils.checkpoint in "
-                    "the loss use_reentrant=False"
-                ) from error
-            raise
-        return dense(grads)
+        return gradients(outputs, leaves if wanted is None else [leaves[i] for i in wanted], cotangents, last=last)
 
     return Tape(cut, aux, pull, outputs)
+
+
+def gradients(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], *, last: bool
+) -> Grads:
+    """Of outputs that autograd has recorded, at any tensors that they depend on; None where they do not."""
+    pairs = [(out, c) for out, c in zip(outputs, cotangents, strict=True) if out.requires_grad]
+    if not pairs or not inputs:
+        return [None] * len(inputs)
+    heads, seeds = zip(*pairs, strict=True)
+    try:
+        with full_precision(outputs[0]):
+            grads = torch.autograd.grad(heads, inputs, seeds, retain_graph=not last, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" in str(error):
+            raise ValueError(
+                "torch keeps a reentrant checkpoint from torch.autograd.grad: give the torch.utils.checkpoint in "
+                "the loss use_reentrant=False"
+            ) from error
+        raise
+    return dense(grads)
 
 
 def _by_torch_func(fn: Recorded, inputs: Sequence[Tensor]) -> Tape:

@@ -17,7 +17,7 @@ from gradnorm_func._core import tree
 from gradnorm_func._core.numerics import diagonal, promoted, row_norms, safe_sqrt
 from gradnorm_func._core.tasks import remember_names, task_names, task_vector, weights_like
 from gradnorm_func._core.tracing import inside_transform
-from gradnorm_func._measure.norms import norms_by_example
+from gradnorm_func._measure.norms import PerTask, norms_at_z, norms_by_example, stacked
 from gradnorm_func._measure.plan import NEEDS, Needs, check_word
 from gradnorm_func._measure.sharded import sharded, whole
 from gradnorm_func._measure.tape import dense, nodes
@@ -30,7 +30,7 @@ def measure_losses(
     *,
     where: Any = None,
     weights: Tensor | None = None,
-    needs: Needs = "norms",
+    needs: Needs = "example_norms",
     scale: float | Tensor = 1.0,
     num_examples: float | Tensor = 1.0,
 ) -> TaskStats:
@@ -61,8 +61,8 @@ def measure_losses(
             differentiated on its own. Not the parameters of an FSDP2 module, for the graph does not end at those.
         weights: (T,) w_i, if (scale · Σ w_i L_i).backward() was called already; copies only. A task of weight 0 has
             the norm NaN.
-        needs: what the rule looks at, `balancer.needs`: "norms" (or "example_norms": both come), "gramian", which has
-            the norms on its diagonal, or "losses", for which nothing is run backwards and copies are not needed.
+        needs: what the rule looks at, `balancer.needs`: "norms"; "example_norms", of z, beside those; "gramian", which
+            has the norms on its diagonal; or "losses", for which nothing is run backwards and copies are not needed.
         scale: what else that sum was multiplied with: `share`, or a GradScaler's scale. Without `weights`, a factor
             against underflow. The result is free of it.
         num_examples: as in `measure`.
@@ -97,7 +97,6 @@ def measure_losses(
         return stats
     if not vector.requires_grad:
         raise ValueError("losses have no graph: were they computed under no_grad, or from a detached z?")
-    constant = torch.as_tensor(scale, dtype=vector.dtype, device=vector.device)
     if where is not None:
         if weights is not None:
             raise ValueError("weights= is for copies, which keep their gradients; at where=, call before backward()")
@@ -106,15 +105,20 @@ def measure_losses(
                 f"where={where!r} must be the parameters themselves here, for there are no params in which to look a "
                 "path up: where=model.trunk[2].weight, or dict(model.trunk[2].named_parameters())"
             )
-        return _at_parameters(stats, tree.by_key(losses), where, constant, needs)
+        return _at_parameters(stats, tree.by_key(losses), where, _like(vector, scale), needs)
     tasks = [tree.flatten(copy)[0] for copy in _checked(copies, losses, vector.shape[0])]
-    seeds = constant.expand_as(vector)
     if weights is None:
+        seeds = _like(vector, scale).expand_as(vector)
         grads = _pulled(vector, tasks, seeds)
     else:
-        seeds, grads = seeds * weights_like(vector, losses, weights), _written(tasks)
+        seeds, grads = weights_like(vector, losses, weights), _written(tasks)
+        seeds = seeds if isinstance(scale, float) and scale == 1.0 else seeds * _like(vector, scale)
     _require_own_copies(losses, tasks, grads)
     return _at_copies(stats, _by_leaf(tasks, grads), promoted(seeds.detach()), needs)
+
+
+def _like(vector: Tensor, scale: float | Tensor) -> Tensor:
+    return torch.as_tensor(scale, dtype=vector.dtype, device=vector.device)
 
 
 def _pulled(vector: Tensor, tasks: list[list[Tensor]], seeds: Tensor) -> Sequence[Tensor | None]:
@@ -172,20 +176,24 @@ def _require_own_copies(losses: Any, tasks: list[list[Tensor]], grads: Sequence[
                 )
 
 
-def _by_leaf(tasks: list[list[Tensor]], grads: Sequence[Tensor | None]) -> list[list[Tensor]]:
+def _by_leaf(tasks: list[list[Tensor]], grads: Sequence[Tensor | None]) -> list[PerTask]:
     width, flat = len(tasks[0]), [leaf for leaves in tasks for leaf in leaves]
     zeros = [whole(torch.zeros_like(x) if grad is None else grad) for x, grad in zip(flat, grads, strict=True)]
     return [zeros[k::width] for k in range(width)]
 
 
-def _at_copies(stats: TaskStats, z_grads: list[list[Tensor]], seeds: Tensor, needs: str) -> TaskStats:
+def _at_copies(stats: TaskStats, z_grads: list[PerTask], seeds: Tensor, needs: str) -> TaskStats:
     """Norms or Gramian of gradients that carry the seeds, without them; NaN for a weight of 0."""
     if needs == "gramian":
-        gramian = gramian_of([torch.stack(leaf) for leaf in z_grads]) / seeds[:, None] / seeds
+        gramian = gramian_of([stacked(leaf) for leaf in z_grads]) / seeds[:, None] / seeds
         squares = diagonal(gramian)
         return stats._replace(grad_norms=safe_sqrt(squares), square_norms=squares, gramian=gramian)
-    norms, example_norms = (row / seeds.abs() for row in norms_by_example(z_grads))
-    return stats._replace(grad_norms=norms, example_norms=example_norms, square_norms=norms.square())
+    if needs == "example_norms":
+        norms, example_norms = (row / seeds.abs() for row in norms_by_example(z_grads))
+        stats = stats._replace(example_norms=example_norms)
+    else:
+        norms = norms_at_z(z_grads) / seeds.abs()
+    return stats._replace(grad_norms=norms, square_norms=norms.square())
 
 
 def _checked(copies: Any, losses: Any, count: int) -> list[Any]:

@@ -6,6 +6,7 @@ The step remains the caller's own `backward`, in the hooks of which a wrapper su
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.tracing import inside_transform
+from gradnorm_func._measure.plan import plain_sum
 
 
 class _Fork(torch.autograd.Function):
@@ -29,7 +31,10 @@ class _Fork(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
         parts = [grad for grad in grads if grad is not None]
-        return (sum(parts[1:], parts[0]) if parts else None), None
+        return (plain_sum(parts) if parts else None), None
+
+
+_Fork.forward.__signature__ = signature(_Fork.forward)  # type: ignore[attr-defined]  # torch asks for it at every call
 
 
 def fork(z: Any, tasks: int | Mapping[str, Any] | Iterable[Any]) -> Any:
