@@ -151,8 +151,7 @@ def applied_twice(plan: Plan, paths: Sequence[str] | None = None) -> str:
         h: list[Tensor] = tree.flatten(out[0] if loss.has_aux else out)[0]
         return h
 
-    read = {names[i] for i in ends_of(plan, backbone)}
-    twice = [path for path in layer if path in read]
+    twice = [names[i] for i in sorted(ends_of(plan, backbone)) if names[i] in layer]
     if not twice:
         return ""
     return (
