@@ -239,6 +239,26 @@ def test_the_page_is_what_the_records_say():
     assert (folder / "results.md").read_text() == report.report(results.load(*files)) + "\n"
 
 
+def test_the_table_of_methods_is_what_the_records_say():
+    """The column "evidence" of docs/methods.md, which a person has written."""
+    folder = Path(results.__file__).parent
+    records = results.load(*sorted(map(str, (folder / "results").glob("*.json"))))
+    records = {key: record for key, record in records.items() if key.data not in problems.PINNS}
+    intervals = report.main_table(records, "adam", "normalised")[1]
+    lines = (folder.parents[1] / "docs" / "methods.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines if line.startswith("| `")]
+    told = {}
+    for _, names, *cells in (row for row in rows if len(row) == 11):
+        for name, words in zip(names.split(", "), cells[6].split("; "), strict=True):
+            told[name.strip("`")] = words.replace("−", "-")
+    assert {"gradnorm", "stch", "upgrad", "dualproj"} <= set(told)
+    for name, words in told.items():
+        if name in intervals and name != "static":
+            assert words == str(intervals[name]), name
+        else:
+            assert words in ("–", "0"), name
+
+
 def test_a_wrong_name_is_refused(capsys):
     for arguments in (["--data", "mnits"], ["--conditions", "x10"], ["--seeds", "0"]):
         with pytest.raises(SystemExit):
