@@ -12,7 +12,7 @@ from torch.func import vmap
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import SharedLinear
-from gradnorm_func._core.numerics import accum_dtype, asked, diagonal, full_precision, safe_sqrt
+from gradnorm_func._core.numerics import accum_dtype, asked, diagonal, full_precision, leaves_range, safe_sqrt
 from gradnorm_func._measure.norms import PerTask, stacked
 from gradnorm_func._measure.plan import Plan
 from gradnorm_func._measure.tape import tape
@@ -91,7 +91,11 @@ def norms(h: Tensor, y_grads: PerTask, leaves: Leaves) -> Tensor:
         squares = stacked(each(lambda y_grad: _square(rows, y_grad.reshape(n, d_out), inputs, leaves), y_grads))
         if inputs is not None and asked(squares, lambda squares: _cancelled(squares, y_grads, inputs)):
             squares = stacked(each(lambda y_grad: _square(rows, y_grad.reshape(n, d_out), None, leaves), y_grads))
-    return safe_sqrt(squares)
+        found = safe_sqrt(squares)
+        if not leaves_range(found):
+            return found
+        exact = [_square(rows.double(), y_grad.reshape(n, d_out).double(), None, leaves) for y_grad in y_grads]
+    return safe_sqrt(torch.stack(exact)).to(found.dtype)
 
 
 def _cancelled(squares: Tensor, y_grads: PerTask, inputs: Tensor) -> Tensor:

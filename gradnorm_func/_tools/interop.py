@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradnorm_func._core import tree
+from gradnorm_func._core.numerics import all_finite
 from gradnorm_func._core.trained import Trained, apart
 from gradnorm_func._core.tree import Tensors
 from gradnorm_func._tools.substitute import unset_buffers
@@ -31,9 +32,10 @@ def write_grads(
     Args:
         target: a module, the dict of its named parameters, or any pytree of leaf tensors.
         grads: gradients in the structure of the params that they were taken of; for a module, a dict by name.
-        finite: `info.finite`: if it is False, zeros are written, so that no NaN reaches the optimizer, and nothing
-            waits for the device. (Momentum still moves the parameters. `if info.finite:` around the step leaves it
-            out, and waits.) Not with a `GradScaler`, which is to see what is not finite.
+        finite: `info.finite`: if it is False, or a gradient here is not finite (behind W no norm has shown it), zeros
+            are written, so that no NaN reaches the optimizer, and nothing waits for the device. (Momentum still moves
+            the parameters. `if info.finite:` around the step leaves it out, and waits.) Not with a `GradScaler`, which
+            is to see what is not finite.
 
     Raises:
         ValueError: if the structures or shapes differ, or if all is frozen.
@@ -58,6 +60,7 @@ def write_grads(
     places = Trained.of(leaves)
     new = [grad.detach() for grad in places.sums(grad_leaves)]
     if finite is not None:
+        finite = all_finite(new) & torch.as_tensor(finite, device=new[0].device)
         new = [torch.where(torch.as_tensor(finite, device=grad.device), grad, 0.0) for grad in new]
     for leaf in leaves:
         leaf.grad = None

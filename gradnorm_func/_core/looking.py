@@ -1,0 +1,70 @@
+"""A look at a loss that is no step of a training: it leaves random numbers and buffers as they were."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def only_looking(loss_fn: Any, tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Around runs of a loss that are no steps: whoever draws after them draws what he would have drawn without them,
+    and the batch norm of a module that the loss closes over has seen nothing."""
+    buffers = {id(buffer): buffer for module in modules_of(loss_fn) for buffer in module.buffers()}
+    before = [(buffer, buffer._version, buffer.clone()) for buffer in buffers.values() if not buffer.is_inference()]
+    try:
+        with torch.random.fork_rng({x.device for x in tensors if x.is_cuda}):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, version, values in before:
+                if buffer._version != version:
+                    buffer.copy_(values)
+
+
+def modules_of(function: Any, seen: set[int] | None = None) -> Iterator[nn.Module]:
+    """The modules that a function can reach: in its closure, its defaults, the globals that it names."""
+    seen = set() if seen is None else seen
+    if id(function) in seen:
+        return
+    seen.add(id(function))
+    if isinstance(function, nn.Module):
+        yield function
+    else:
+        for part in _parts(function):
+            yield from modules_of(part, seen)
+
+
+def _parts(function: Any) -> Iterable[Any]:
+    if isinstance(function, types.FunctionType):
+        if (function.__module__ or "").partition(".")[0] == "torch":
+            return ()
+        cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+        known = function.__globals__
+        named = [known[name] for name in function.__code__.co_names if name in known]
+        return [*cells, *(function.__defaults__ or ()), *named]
+    if isinstance(function, types.MethodType):
+        return function.__self__, function.__func__
+    if isinstance(function, functools.partial):
+        return function.func, *function.args, *function.keywords.values()
+    if isinstance(function, Mapping):
+        return function.values()
+    if isinstance(function, (list, tuple)):
+        return function
+    has_parts = callable(function) and not isinstance(function, (type, types.BuiltinFunctionType))
+    return vars(function).values() if has_parts and hasattr(function, "__dict__") else ()
+
+
+def _is_filled(cell: Any) -> bool:
+    """Whether a variable of a closure has a value: one that is assigned later has none."""
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
