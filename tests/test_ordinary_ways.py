@@ -110,7 +110,6 @@ class Way(NamedTuple):
     missing: bool = False
     rtol: float = 1e-10
     refused: dict[str, str] = {}  # loop -> message  # noqa: RUF012
-    only_after: bool = False  # does it begin after the gradients, so that a compiled step is that of "plain"?
 
 
 REENTRANT, HOOKS = "use_reentrant=False", "saved tensor hooks"  # the second is torch.func's own word
@@ -138,12 +137,12 @@ WAYS = {
     ),
     "compiled part": Way(with_compiled_part, refused={"compiled": "compiled on its own"}),
     "added parameters, clipped": Way(lambda: Net(Added()), ADAM, clip=0.5),
-    "clipping": Way(clip=0.3, only_after=True),
-    "GradScaler": Way(scale=2.0**10, only_after=True),
+    "clipping": Way(clip=0.3),
+    "GradScaler": Way(scale=2.0**10),
     "GradScaler, clipping": Way(lambda: Net(Added()), scale=2.0**10, clip=0.5),
     "autocast": Way(functools.partial(plain_net, torch.float32), autocast=True, rtol=2e-2),
-    "foreach": Way(lambda: Net(Added()), functools.partial(SGD, nesterov=True, foreach=True), only_after=True),
-    "fused": Way(lambda: Net(Added()), functools.partial(torch.optim.AdamW, lr=0.02, fused=True), only_after=True),
+    "foreach": Way(lambda: Net(Added()), functools.partial(SGD, nesterov=True, foreach=True)),
+    "fused": Way(lambda: Net(Added()), functools.partial(torch.optim.AdamW, lr=0.02, fused=True)),
     "changing batch sizes": Way(sizes=(6, 3, 7, 2)),
     "missing labels": Way(missing=True),
 }
@@ -317,7 +316,7 @@ def stands(way, loop):
     """Whether a loop has a place for what is special about a way."""
     if loop == "train":
         return way.clip is None and way.scale is None and not way.autocast
-    return loop != "compiled" or not way.only_after
+    return True
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,14 @@ def only_looking(loss_fn: Any, tensors: Iterable[Tensor]) -> Iterator[None]:
     """Around runs of a loss that are no steps: whoever draws after them draws what he would have drawn without them,
     and the batch norm of a module that the loss closes over has seen nothing."""
     buffers = {id(buffer): buffer for module in modules_of(loss_fn) for buffer in module.buffers()}
-    before = [(buffer, buffer._version, buffer.clone()) for buffer in buffers.values() if not buffer.is_inference()]
+    before = [(buffer, buffer.clone()) for buffer in buffers.values() if not buffer.is_inference()]
     try:
         with torch.random.fork_rng({x.device for x in tensors if x.is_cuda}):
             yield
     finally:
         with torch.no_grad():
-            for buffer, version, values in before:
-                if buffer._version != version:
+            for buffer, values in before:
+                if not torch.equal(buffer, values):  # a batch norm leaves the version as it was
                     buffer.copy_(values)
 
 
@@ -50,7 +50,8 @@ def _parts(function: Any) -> Iterable[Any]:
         named = [known[name] for name in function.__code__.co_names if name in known]
         return [*cells, *(function.__defaults__ or ()), *named]
     if isinstance(function, types.MethodType):
-        return function.__self__, function.__func__
+        owner = function.__self__
+        return function.__func__, owner, *(getattr(owner, "__dict__", None) or {}).values()
     if isinstance(function, functools.partial):
         return function.func, *function.args, *function.keywords.values()
     if isinstance(function, Mapping):

@@ -166,15 +166,20 @@ def _written(tasks: list[list[Tensor]]) -> Sequence[Tensor | None]:
 
 
 def _require_own_copies(losses: Any, tasks: list[list[Tensor]], grads: Sequence[Tensor | None]) -> None:
-    """Refuses a head that was given another task's copy; a loss that reads none, such as a penalty, is at z just 0."""
+    """Refuses a head that was given another task's copy, or z; a loss that reads none, such as a penalty, is at z 0."""
     width = len(tasks[0])
     unread = [i for i in range(len(tasks)) if all(grad is None for grad in grads[i * width : (i + 1) * width])]
     if not unread or isinstance(losses, Tensor):
         return
     names, terms = task_names(losses), tree.flatten(tree.by_key(losses))[0]
+    forked = [leaf.grad_fn.next_functions[0][0] for leaf in tasks[0] if leaf.grad_fn is not None]  # of z itself
     for i in unread:
         below = list(nodes([getattr(terms[i], "grad_fn", None)]))  # a number has none
         edges = {edge for node in below for edge in node.next_functions}
+        if not set(below).isdisjoint(forked):
+            raise ValueError(
+                f"losses[{names[i]!r}] does not read its own copy of z, but z: give its head copies[{names[i]!r}]"
+            )
         for j, leaves in enumerate(tasks):
             if j != i and any((leaf.grad_fn, leaf.output_nr) in edges for leaf in leaves):
                 raise ValueError(

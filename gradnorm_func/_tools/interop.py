@@ -85,7 +85,7 @@ def _matched(target: Any, grads: Any) -> tuple[Any, list[Tensor], list[Tensor]]:
     return params, leaves, grad_leaves
 
 
-def write_buffers(module: nn.Module, aux: Any) -> None:
+def write_buffers(module: nn.Module, aux: Any, *, finite: Tensor | bool | None = None) -> None:
     r"""Writes new buffers into a module, such as the running statistics of batch norm, once a step was taken.
 
     ::
@@ -94,12 +94,14 @@ def write_buffers(module: nn.Module, aux: Any) -> None:
         loss_fn = gn.multi_task_loss(lambda params, batch: trunk(params, batch["x"]), heads, has_aux=True)
         grads, state, info, aux = balancer.grad(state, params, loss_fn, batch, has_aux=True)
         gn.write_grads(model, grads)
-        gn.write_buffers(model, aux)
+        gn.write_buffers(model, aux, finite=info.finite)
 
     Args:
         module: the whole model.
         aux: any pytree in which dicts hold tensors under names of the module's buffers, such as the aux of a step; what
             has another name is left alone.
+        finite: `info.finite`: if it is False, the buffers stay as they were, and nothing waits for the device: the
+            statistics of a batch with a NaN would be NaN for ever.
 
     Raises:
         ValueError: if aux holds no buffer of the module, or two values for one: two calls of a part in one loss, and
@@ -132,8 +134,9 @@ def write_buffers(module: nn.Module, aux: Any) -> None:
         )
     with torch.no_grad():
         for name in names:
-            buffers[name].copy_(new[name])
-    for name, (holder, key) in unset.items():  # the first value of a buffer that was None
+            value, old = new[name], buffers[name]
+            old.copy_(value if finite is None else torch.where(torch.as_tensor(finite, device=old.device), value, old))
+    for name, (holder, key) in unset.items() if finite is None or bool(finite) else ():  # that were None, at first
         holder[key] = new[name].detach().clone()
 
 
