@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,17 +28,17 @@ def only_looking(loss_fn: Any, tensors: Iterable[Tensor]) -> Iterator[None]:
                     buffer.copy_(values)
 
 
-def modules_of(function: Any, seen: set[int] | None = None) -> Iterator[nn.Module]:
+def modules_of(function: Any) -> Iterator[nn.Module]:
     """The modules that a function can reach: in its closure, its defaults, the globals that it names."""
-    seen = set() if seen is None else seen
-    if id(function) in seen:
-        return
-    seen.add(id(function))
-    if isinstance(function, nn.Module):
-        yield function
-    else:
-        for part in _parts(function):
-            yield from modules_of(part, seen)
+    todo, seen = [function], {id(function)}
+    while todo:
+        thing = todo.pop()
+        if isinstance(thing, nn.Module):
+            yield thing
+            continue
+        new = [part for part in _parts(thing) if id(part) not in seen]
+        seen.update(map(id, new))
+        todo += new
 
 
 def _parts(function: Any) -> Iterable[Any]:
@@ -54,10 +54,9 @@ def _parts(function: Any) -> Iterable[Any]:
         return function.__func__, owner, *(getattr(owner, "__dict__", None) or {}).values()
     if isinstance(function, functools.partial):
         return function.func, *function.args, *function.keywords.values()
-    if isinstance(function, Mapping):
-        return function.values()
-    if isinstance(function, (list, tuple)):
-        return function
+    if isinstance(function, (dict, list, tuple)):
+        entries = function.values() if isinstance(function, dict) else function
+        return entries if len(entries) < 1000 else ()  # what is longer is data
     has_parts = callable(function) and not isinstance(function, (type, types.BuiltinFunctionType))
     return vars(function).values() if has_parts and hasattr(function, "__dict__") else ()
 
