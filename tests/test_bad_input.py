@@ -155,6 +155,17 @@ CALLS = {
         ),
         "no loss depends on any of params",
     ),
+    "in place": (
+        lambda s: gn.gradnorm_grad(s, P, with_head(SEAM, lambda p, z, b: torch.relu_(z).sum()), B),
+        "the loss writes in place to z or to a parameter, as nn.ReLU(inplace=True) as the first layer of a head does: "
+        "give that layer inplace=False",
+    ),
+    "in place, under vmap": (
+        lambda s: torch.func.vmap(
+            lambda b: gn.gradnorm_grad(s, P, with_head(SEAM, lambda p, z, b: torch.relu_(z).sum()), (b, B[1]))[0]
+        )(torch.stack([B[0], B[0]])),
+        "the loss writes in place to z",
+    ),
     "applied twice": (
         lambda s: gn.gradnorm_grad(s, P, TWICE, B, where="trunk.1.weight"),
         "the backbone reads 'trunk.1.weight' itself, and last_shared=gn.shared_linear('trunk.1.weight', ...) ",
