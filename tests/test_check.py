@@ -281,6 +281,15 @@ def test_looks_change_no_buffer(closed):
         torch.testing.assert_close(dict(net.named_buffers())[name], buffer)
 
 
+def test_a_look_passes_buffers_by_that_have_no_values():
+    """Of lazy modules and on meta; of a module that the loss can reach and does not call."""
+    net = model()
+    spare = [nn.LazyBatchNorm1d(), nn.BatchNorm1d(3, device="meta")]
+    loss_fn = seam(net)
+    run = lambda p, x, modules=tuple(spare): loss_fn(p, x)
+    assert gn.check(run, dict(net.named_parameters()), X) == []
+
+
 def of_a_global(params, x):
     out = torch.func.functional_call(a_module, params, (x,))  # noqa: F821
     return {"a": out[:, 0].square().mean(), "b": (out[:, 1] - 1).square().mean()}

@@ -168,17 +168,18 @@ def loss_of(name, out, batch):
 # ---------------------------------------------------------------------------------------------- the loops
 
 
-def classic(net, way, forked):
-    """PyTorch's own loop; forked, with the stats of a balancer measured on the way."""
+def classic(net, way, forked, moving=None):
+    """PyTorch's own loop; forked, with the stats of a balancer measured on the way. `moving`: the weights of each step,
+    if they are not `WEIGHTS`."""
     stepper, scaler = way.optimizer(net.parameters()), scaler_of(way)
     state = BALANCER.init(2, dtype=torch.float64)
-    for batch, present in batches(way):
+    for step, (batch, present) in enumerate(batches(way)):
         stepper.zero_grad()
         with autocast(way):
             z = net.trunk(batch[0])
             copies = gn.fork(z, net.heads) if forked else dict.fromkeys(WEIGHTS, z)
             losses = {name: loss_of(name, head(copies[name]), batch) for name, head in net.heads.items()}
-        weights = WEIGHTS
+        weights = WEIGHTS if moving is None else moving[step]
         if forked:
             stats = gn.measure_losses(losses, copies)
             mask = present if way.missing else None
@@ -191,15 +192,15 @@ def classic(net, way, forked):
         finish(net, way, stepper, scaler)
 
 
-def functional(net, way, general=False, compiled=False):
-    """A balancer's `grad`, as the README writes it."""
+def functional(net, way, general=False, compiled=False, balancer=None):
+    """A balancer's `grad`, as the README writes it; the weights of each step."""
     params = dict(net.named_parameters(remove_duplicate=general))
     stepper, scaler = way.optimizer(net.parameters()), scaler_of(way)
     loss_fn = general_loss(net, way) if general else seam_loss(net, way)
     # Norms too, where there is no seam: by T pullbacks at once.
-    balancer = gn.static(WEIGHTS, norms=True) if general else BALANCER
+    balancer = balancer or (gn.static(WEIGHTS, norms=True) if general else BALANCER)
     step = torch.compile(balancer.grad, fullgraph=True, backend="eager") if compiled else balancer.grad
-    state = balancer.init(2, dtype=torch.float64)
+    state, used = balancer.init(2, dtype=torch.float64), []
     for batch, present in batches(way):
         scale = scaler.scale(torch.ones(())) if way.scale else None
         with autocast(way):
@@ -217,6 +218,8 @@ def functional(net, way, general=False, compiled=False):
         if way.renews:
             gn.write_buffers(net, aux)
         finish(net, way, stepper, scaler)
+        used.append({name: float(weight) for name, weight in gn.by_name(WEIGHTS, info.weights).items()})
+    return used
 
 
 def trained(net, way):
@@ -331,6 +334,32 @@ def test_the_ways_of_pytorch(name, loop):
         torch._C._autograd._saved_tensors_hooks_enable()  # which torch forgets when a compilation ends in an error
         return
     LOOPS[loop](net, way)
+    assert_as(net, way, before, after, still)
+
+
+METHODS = {  # weights of the steps before, and of this very step, with which the heads are run back once more
+    "gradnorm": gn.gradnorm(optimizer=gn.adam(0.2)),
+    "own": gn.balancer(lambda state, seen: (1 / seen.gramian.diagonal().sqrt(), ()), needs="gramian", same_step=True),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", [name for name in WAYS if "seam" not in WAYS[name].refused])
+def test_weights_that_move(name, method):
+    """With norms and Gramian taken on the way, and PyTorch's own loop with the weights that came out."""
+    way = WAYS[name]
+    before, _, still = reference(name)
+    torch.manual_seed(0)
+    net, twin = way.make(), way.make()
+    twin.load_state_dict(net.state_dict())
+    used = functional(net, way, balancer=METHODS[method])
+    assert len({row["a"] for row in used}) > 1, "they move"
+    classic(twin, way, forked=False, moving=used)
+    assert_as(net, way, before, twin.state_dict(), still)
+
+
+def assert_as(net, way, before, after, still):
+    """Parameters and buffers as they are `after`; those that are to move have moved."""
     for key, value in net.state_dict().items():
         moved = (after[key] - before[key]).double().norm()
         assert moved == 0 if key in still else moved > 1e-3 or not value.is_floating_point(), key

@@ -17,7 +17,7 @@ def only_looking(loss_fn: Any, tensors: Iterable[Tensor]) -> Iterator[None]:
     """Around runs of a loss that are no steps: whoever draws after them draws what he would have drawn without them,
     and the batch norm of a module that the loss closes over has seen nothing."""
     buffers = {id(buffer): buffer for module in modules_of(loss_fn) for buffer in module.buffers()}
-    before = [(buffer, buffer.clone()) for buffer in buffers.values() if not buffer.is_inference()]
+    before = [(buffer, buffer.clone()) for buffer in buffers.values() if _is_plain(buffer)]
     try:
         with torch.random.fork_rng({x.device for x in tensors if x.is_cuda}):
             yield
@@ -26,6 +26,12 @@ def only_looking(loss_fn: Any, tensors: Iterable[Tensor]) -> Iterator[None]:
             for buffer, values in before:
                 if not torch.equal(buffer, values):  # a batch norm leaves the version as it was
                     buffer.copy_(values)
+
+
+def _is_plain(buffer: Tensor) -> bool:
+    """Whether it has values that can be compared and written: one of a lazy module, or on meta, has none."""
+    kind = type(buffer) is Tensor and buffer.layout is torch.strided
+    return kind and not buffer.is_meta and not buffer.is_inference()
 
 
 def modules_of(function: Any) -> Iterator[nn.Module]:
