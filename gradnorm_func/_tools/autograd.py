@@ -176,16 +176,16 @@ def _require_own_copies(losses: Any, tasks: list[list[Tensor]], grads: Sequence[
     for i in unread:
         below = list(nodes([getattr(terms[i], "grad_fn", None)]))  # a number has none
         edges = {edge for node in below for edge in node.next_functions}
-        if not set(below).isdisjoint(forked):
-            raise ValueError(
-                f"losses[{names[i]!r}] does not read its own copy of z, but z: give its head copies[{names[i]!r}]"
-            )
         for j, leaves in enumerate(tasks):
             if j != i and any((leaf.grad_fn, leaf.output_nr) in edges for leaf in leaves):
                 raise ValueError(
                     f"losses[{names[i]!r}] does not read its own copy of z, but that of {names[j]!r}: give its head "
                     f"copies[{names[i]!r}]"
                 )
+        if not set(below).isdisjoint(forked):
+            raise ValueError(
+                f"losses[{names[i]!r}] does not read its own copy of z, but z: give its head copies[{names[i]!r}]"
+            )
 
 
 def _by_leaf(tasks: list[list[Tensor]], grads: Sequence[Tensor | None]) -> list[list[Tensor]]:
