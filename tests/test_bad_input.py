@@ -160,6 +160,17 @@ CALLS = {
         ),
         "no loss depends on any of params",
     ),
+    "in place": (
+        lambda s: gn.gradnorm_grad(s, P, with_head(SEAM, lambda p, z, b: torch.relu_(z).sum()), B),
+        "the loss writes in place to z or to a parameter, as nn.ReLU(inplace=True) as the first layer of a head does: "
+        "give that layer inplace=False",
+    ),
+    "in place, under vmap": (
+        lambda s: torch.func.vmap(
+            lambda b: gn.gradnorm_grad(s, P, with_head(SEAM, lambda p, z, b: torch.relu_(z).sum()), (b, B[1]))[0]
+        )(torch.stack([B[0], B[0]])),
+        "the loss writes in place to z",
+    ),
     "applied twice": (
         lambda s: gn.gradnorm_grad(s, P, TWICE, B, where="trunk.1.weight"),
         "the backbone reads 'trunk.1.weight' itself, and last_shared=gn.shared_linear('trunk.1.weight', ...) ",
@@ -174,11 +185,11 @@ CALLS = {
     ),
     "a head writes to z": (
         lambda s: gn.gradnorm_grad(s, P, with_head(SEAM, lambda p, z, b: z.relu_().sum()), B),
-        "a head writes to z in place, which all heads read: let it begin with",
+        "the loss writes in place to z or to a parameter, as nn.ReLU(inplace=True)",
     ),
     "a head writes to z, weights by this step's norms": (
         lambda s: gn.normalized().grad(gn.normalized().init(3), P, with_head(SEAM, lambda p, z, b: z.relu_().sum()), B),
-        "a head writes to z in place, which all heads read: let it begin with",
+        "the loss writes in place to z or to a parameter, as nn.ReLU(inplace=True)",
     ),
     "no example norms": (
         lambda s: FIXED.balance(FIXED.init(3, dtype=F64), gn.measure(P, SEAM, B, needs="norms")),
@@ -576,6 +587,71 @@ def test_messages_of_measure_losses():
     norms = gn.measure_losses(values, copies, weights=torch.tensor([1.0, 2.0])).grad_norms
     torch.testing.assert_close(norms, gn.measure_losses(*losses()[::-1]).grad_norms)
     assert (norms > 0).all()
+
+
+CUT = {
+    "float": float,
+    "item": torch.Tensor.item,
+    "numpy": lambda loss: loss.numpy()[()],
+    "detached": lambda loss: loss,
+    "constant": lambda loss: torch.tensor(0.0),
+}
+
+
+@pytest.mark.parametrize("place", ["z", "W"])
+@pytest.mark.parametrize("cut", CUT)
+def test_a_loss_without_a_graph_in_a_loop_of_ones_own(cut, place):
+    """A number was an AttributeError, and what is detached had the norm 0; an absent task may be one."""
+    trunk, heads = (
+        torch.nn.Linear(3, 3),
+        torch.nn.ModuleDict({"kind": torch.nn.Linear(3, 1), "price": torch.nn.Linear(3, 1)}),
+    )
+
+    def stats():
+        z = gn.fork(trunk(torch.ones(2, 3)), heads)
+        losses = {name: head(z[name]).square().mean() for name, head in heads.items()}
+        losses["price"] = CUT[cut](losses["price"].detach())
+        return gn.measure_losses(losses, z) if place == "z" else gn.measure_losses(losses, where=trunk.weight)
+
+    balancer = gn.gradnorm()
+    state = balancer.init(heads)
+    message = r"losses without a gradient: 'price'\. Return the 0-d tensor.*left out by mask="
+    for measured in (stats(), gn.merge(stats(), stats())):
+        for balance in (balancer.balance, gn.gradnorm_balance):
+            with pytest.raises(ValueError, match=message):
+                balance(state, measured)
+            _, info = balance(state, measured, mask={"kind": True, "price": False})
+            assert info.finite
+            assert (info.grad_norms > 0).tolist() == [True, False]
+    z = gn.fork(trunk(torch.ones(2, 3)), heads)
+    whole = gn.measure_losses({name: head(z[name]).square().mean() for name, head in heads.items()}, z)
+    if place == "z":
+        assert balancer.balance(state, gn.merge(stats(), whole))[1].finite, "absent from one micro-batch alone"
+
+
+def test_a_head_that_reads_z_itself():
+    """Its norm was 0 without a word; a penalty on the trunk does read none."""
+    trunk, heads = (
+        torch.nn.Linear(3, 3),
+        torch.nn.ModuleDict({"kind": torch.nn.Linear(3, 1), "price": torch.nn.Linear(3, 1)}),
+    )
+    z = trunk(torch.ones(2, 3))
+    copies = gn.fork(z, heads)
+    losses = {"kind": heads["kind"](z).sum(), "price": heads["price"](copies["price"]).sum()}
+    with pytest.raises(
+        ValueError, match=r"losses\['kind'\] does not read its own copy of z, but z: .*copies\['kind'\]"
+    ):
+        gn.measure_losses(losses, copies)
+    losses["kind"] = trunk.weight.square().sum()
+    assert (gn.measure_losses(losses, copies).grad_norms > 0).tolist() == [False, True]
+
+
+def test_measure_losses_at_parameters_after_backward():
+    weight = torch.ones(3, requires_grad=True)
+    losses = [weight.square().sum(), weight.exp().sum()]
+    gn.weighted_sum(losses, torch.ones(2)).backward()
+    with pytest.raises(ValueError, match=r"backward\(\) has run already\. Call measure_losses before backward\(\)"):
+        gn.measure_losses(losses, where=weight)
 
 
 def test_the_loss_itself_names_the_tasks():

@@ -123,6 +123,28 @@ def test_a_step_that_is_not_finite_leaves_the_buffers():
     assert same_bits(dict(model.named_buffers()), before)
 
 
+def test_buffers_of_a_step_that_is_not_finite_are_not_written():
+    """In a loop of one's own the statistics were NaN for ever, while the parameters were not."""
+    model, balancer, aux = nn.ModuleDict({"trunk": Average(), "norm": nn.BatchNorm1d(3, **D)}), gn.static(), {}
+    before, nan = copy.deepcopy(model.state_dict()), torch.full((4, 3), torch.nan, **D)
+    norm = gn.functional(model["norm"], "norm", buffers=True)
+    trunk = gn.functional(model["trunk"], "trunk", buffers=True)
+
+    def loss_fn(params, x):
+        z, first = norm(params, x)
+        out, second = trunk(params, z)
+        return list(out.square().mean(0).unbind()), [first, second]
+
+    for x, finite in ((nan, False), (torch.randn(4, 3, **D), True)):
+        params = dict(model.named_parameters())
+        _, _, info, aux = balancer.grad(balancer.init(2, **D), params, loss_fn, x, has_aux=True)
+        assert bool(info.finite) == finite
+        gn.write_buffers(model, aux, finite=info.finite)
+        assert finite or same_bits(model.state_dict(), before)
+    assert model["norm"].num_batches_tracked == 1
+    assert torch.equal(model["trunk"].ema, aux[1]["trunk.ema"])
+
+
 # ---------------------------------------------------------------------------------------------- or are refused
 
 RENEWING = {
@@ -130,6 +152,38 @@ RENEWING = {
     "without counter": lambda: nn.InstanceNorm1d(3, track_running_stats=True),
     "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(5, 5)),
 }
+
+
+class OwnNorm(nn.Module):
+    """Batch norm by the function of torch, which does not tell autograd that it writes to the statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("var", torch.ones(3))
+        self.register_buffer("other", torch.tensor([torch.nan, 1.0]))
+
+    def forward(self, x):
+        return nn.functional.batch_norm(x, self.mean, self.var, self.weight, training=self.training)
+
+
+def test_a_norm_of_ones_own_is_not_lost_in_silence():
+    module, x = nn.Sequential(OwnNorm()), torch.randn(4, 3)
+    params, call = dict(module.named_parameters()), gn.functional(module)
+    before = copy.deepcopy(module.state_dict())
+    module.eval()
+    call(params, x)
+    module.train()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"new value for its buffer '0\.mean'.*buffers=True"):
+            call(params, x)
+    assert same_bits(module.state_dict(), before)
+    expected = copy.deepcopy(module)
+    assert torch.equal(gn.functional(module, buffers=True)(params, x)[0], expected(x))
+    assert same_bits(gn.functional(module, buffers=True)(params, x)[1], dict(expected.named_buffers()))
+    still = nn.Sequential(nn.Linear(3, 3), OwnNorm().eval())
+    gn.functional(still)(dict(still.named_parameters()), x)
 
 
 @pytest.mark.parametrize("kind", RENEWING)

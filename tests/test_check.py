@@ -1,5 +1,7 @@
 """`check`: what would train wrong without a word, said before training."""
 
+import copy
+import functools
 import re
 
 import pytest
@@ -184,3 +186,110 @@ def test_train_says_it_at_its_first_step():
     with pytest.warns(UserWarning, match=r"losses without a gradient: 'price'\. Return the 0-d tensor"):
         gn.train({k: v for k, v in params.items() if "price" not in k}, loss_fn, batches, progress=False)
     gn.train(params, loss_fn, batches, progress=False, mask=lambda batch: {"kind": True, "price": False})
+
+
+def test_train_refuses_a_layer_that_is_applied_twice():
+    """At z nothing showed it."""
+    net = model()
+    doubled = seam(net, last_shared=gn.shared_linear("trunk.2.weight", "trunk.2.bias", torch.relu))
+    with refused("the backbone reads 'trunk.2.bias' itself", "once more"):
+        gn.train(dict(net.named_parameters()), doubled, [X], progress=False)
+
+
+@pytest.mark.parametrize("closed", [["trunk", "kind", "price"], ["trunk"], ["kind"]])
+@pytest.mark.parametrize("form", [lambda loss_fn: loss_fn, general], ids=["seam", "general"])
+def test_sweep_and_gradinit_refuse_closed_over_modules(form, closed):
+    """Under `vmap` nobody sees it: all runs kept the parameters that they had."""
+    net = model()
+    params, loss_fn = dict(net.named_parameters()), form(seam(net, closed))
+    for run in (
+        lambda loss_fn: gn.sweep(params, loss_fn, [X], compile=False, progress=False),
+        lambda loss_fn: gn.gradinit(params, loss_fn, [X], steps=1, form="simple", progress=False),
+    ):
+        with refused("no loss depends on", "does loss_fn close over a module?"):
+            run(loss_fn)
+        run(form(seam(net)))
+
+
+def test_sweep_refuses_the_w_of_one_task():
+    net = model()
+    with refused("where='kind.weight' is no W: only the task 'kind' reads it"):
+        gn.sweep(
+            dict(net.named_parameters()), seam(net), [X], balancer=gn.gradnorm(where="kind.weight"),
+            compile=False, progress=False,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["general", "separable"])
+def test_closed_over_modules_in_a_compiled_step(form):
+    """Without a seam the compiler sees it, too."""
+    net = model()
+    params, loss_fn = dict(net.named_parameters()), seam(net, ["trunk", "kind", "price"])
+    if form == "separable":
+        parts = [lambda p, x: net["kind"](net["trunk"](x)).mean(), lambda p, x: net["price"](net["trunk"](x)).mean()]
+        loss_fn = gn.multi_task_loss(None, parts)
+    loss_fn = general(loss_fn) if form == "general" else loss_fn
+    for balancer in (gn.gradnorm(), gn.static(), gn.mgda()):
+        step = torch.compile(balancer.grad, fullgraph=True, backend="eager")
+        with pytest.raises(Exception, match="no loss depends on any of params: does loss_fn close over a module"):
+            step(balancer.init(2), params, loss_fn, X)
+
+
+@pytest.mark.parametrize("closed", ["closure", "partial", "method", "global"])
+def test_looks_change_no_buffer(closed):
+    """Batch norm by `torch.func.functional_call` renews the statistics of the module itself: once a step."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
+    twin = copy.deepcopy(net)
+    params, batches = dict(net.named_parameters()), [X + i for i in range(3)]
+
+    def losses(module, params, x):
+        out = torch.func.functional_call(module, params, (x,))
+        return {"a": out[:, 0].square().mean(), "b": (out[:, 1] - 1).square().mean()}
+
+    class Loss:
+        def __init__(self, module):
+            self.module = module
+
+        def of(self, params, x):
+            return losses(self.module, params, x)
+
+    globals()["a_module"] = net
+    loss_fn = {
+        "closure": lambda params, x: losses(net, params, x),
+        "partial": functools.partial(losses, net),
+        "method": Loss(net).of,
+        "global": of_a_global,
+    }[closed]
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    gn.check(loss_fn, params, X)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
+    gn.train(
+        params,
+        loss_fn,
+        batches,
+        balancer=gn.static(),
+        progress=False,
+        optimizer=functools.partial(torch.optim.SGD, lr=0.1),
+    )
+    stepper = torch.optim.SGD(twin.parameters(), lr=0.1)
+    for x in batches:
+        stepper.zero_grad()
+        sum(losses(twin, dict(twin.named_parameters()), x).values()).backward()
+        stepper.step()
+    assert net[1].num_batches_tracked == 3
+    for name, buffer in twin.named_buffers():
+        torch.testing.assert_close(dict(net.named_buffers())[name], buffer)
+
+
+def test_a_look_passes_buffers_by_that_have_no_values():
+    """Of lazy modules and on meta; of a module that the loss can reach and does not call."""
+    net = model()
+    spare = [nn.LazyBatchNorm1d(), nn.BatchNorm1d(3, device="meta")]
+    loss_fn = seam(net)
+    run = lambda p, x, modules=tuple(spare): loss_fn(p, x)
+    assert gn.check(run, dict(net.named_parameters()), X) == []
+
+
+def of_a_global(params, x):
+    out = torch.func.functional_call(a_module, params, (x,))  # noqa: F821
+    return {"a": out[:, 0].square().mean(), "b": (out[:, 1] - 1).square().mean()}

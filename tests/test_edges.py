@@ -194,6 +194,53 @@ def test_norms_at_a_shared_linear_near_a_stationary_point(bias, monkeypatch):
     torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-7)
 
 
+ROOT = 0.5**0.5
+# Every way to a norm: of the gradients that are `size` and 1 in 12 places of z, or at the parameters below it.
+WAYS = {
+    "z": lambda loss, params, x: gn.task_grad_norms(loss, params, x),
+    "examples": lambda loss, params, x: gn.measure(params, loss, x).grad_norms,
+    "W": lambda loss, params, x: ROOT * gn.task_grad_norms(loss, params, x, where="bias"),
+    "linear": lambda loss, params, x: ROOT * gn.task_grad_norms(loss, params, x, where="w"),
+    "linear, by Gram": lambda loss, params, x: ROOT * gn.task_grad_norms(loss, params, x, where="w"),
+    "general": lambda loss, params, x: ROOT * gn.task_grad_norms(lambda p, b: loss(p, b), params, x, where="bias"),
+    "own loop": lambda loss, params, x: own_norms(loss, params, x),
+}
+
+
+def own_norms(loss, params, x):
+    copies = gn.fork(loss.last_shared(params, x).requires_grad_(), 2)
+    return gn.measure_losses([head(params, z, x) for head, z in zip(loss.functions, copies, strict=True)], copies)[1]
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-30, 1e22, 1e30])
+@pytest.mark.parametrize("way", WAYS)
+def test_norms_of_any_size(way, size):
+    """In float32 the squares of those below 1e-22 are 0, and of those above 1e19 infinite."""
+    width = 6 if way != "linear, by Gram" else 64
+    last = gn.shared_linear("w") if "linear" in way else lambda p, h: h @ p["w"].T + p["bias"]
+    loss = gn.multi_task_loss(
+        lambda p, x: x, [lambda p, z, x: size * z[:, :6].sum(), lambda p, z, x: z[:, :6].sum()], last_shared=last
+    )
+    params = {"w": torch.eye(width)} | ({} if "linear" in way else {"bias": torch.zeros(width)})
+    found = WAYS[way](loss, params, torch.nn.functional.pad(torch.ones(2, 1), (0, width - 1)))
+    torch.testing.assert_close(found, 12**0.5 * torch.tensor([size, 1.0]), rtol=1e-5, atol=0)
+
+
+def test_examples_of_any_size():
+    loss = gn.multi_task_loss(lambda p, x: p + 0 * x, [lambda p, z, x: 1e-25 * z.sum(), lambda p, z, x: 1e22 * z.sum()])
+    stats = gn.measure(torch.ones(4), loss, torch.ones(3, 4))
+    torch.testing.assert_close(stats.example_norms, torch.tensor([2e-25, 2e22]), rtol=1e-5, atol=0)
+
+
+def test_rotations_of_no_examples():
+    problem, method = make_problem(dtype=torch.float32), gn.rotograd(6, burn_in=3)
+    state = method.init(3)
+    empty = make_batch(dtype=torch.float32, size=0)
+    _, new, info = method.grad(state, problem.params, problem.seam, empty)
+    assert not info.finite, "the mean of no losses"
+    assert same_bits(new, state)
+
+
 @pytest.mark.parametrize("heads", ["dict", "stacked"])
 def test_a_batch_of_no_examples(heads):
     """Its gradients at z have no entries, so that every norm is 0, and so is the mean over examples."""

@@ -228,3 +228,25 @@ def test_a_loop_of_ones_own_compares_names(balancer, mask):
     start = gn.gradnorm().init(2, weights={"a": 1.0, "b": 2.0})
     with pytest.raises(ValueError, match="weights has the names"):
         gn.gradnorm().balance(start, stats)
+
+
+def test_merged_stats_remember_the_names():
+    """Of micro-batches and of ranks, too: they were paired by their places."""
+
+    def stats():
+        copies = gn.fork(torch.ones(2, requires_grad=True) * 1, ["kind", "price"])
+        return gn.measure_losses({"price": copies["price"].sum(), "kind": copies["kind"].square().sum()}, copies)
+
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        reduced = gn.all_reduce(stats())
+    finally:
+        torch.distributed.destroy_process_group()
+    for merged in (gn.merge(None, stats()), gn.merge(gn.merge(stats(), stats()), stats()), reduced):
+        start = gn.gradnorm().init(2, weights={"a": 1.0, "b": 2.0})
+        with pytest.raises(ValueError, match="weights has the names"):
+            gn.gradnorm().balance(start, merged)
+        with pytest.raises(ValueError, match="mask has the names"):
+            gn.gradnorm().balance(gn.init_state(2), merged, mask={"a": True, "b": True})
+        assert gn.gradnorm().balance(gn.init_state(2), merged)[1].finite

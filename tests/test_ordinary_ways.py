@@ -110,7 +110,6 @@ class Way(NamedTuple):
     missing: bool = False
     rtol: float = 1e-10
     refused: dict[str, str] = {}  # loop -> message  # noqa: RUF012
-    only_after: bool = False  # does it begin after the gradients, so that a compiled step is that of "plain"?
 
 
 REENTRANT, HOOKS = "use_reentrant=False", "saved tensor hooks"  # the second is torch.func's own word
@@ -138,12 +137,12 @@ WAYS = {
     ),
     "compiled part": Way(with_compiled_part, refused={"compiled": "compiled on its own"}),
     "added parameters, clipped": Way(lambda: Net(Added()), ADAM, clip=0.5),
-    "clipping": Way(clip=0.3, only_after=True),
-    "GradScaler": Way(scale=2.0**10, only_after=True),
+    "clipping": Way(clip=0.3),
+    "GradScaler": Way(scale=2.0**10),
     "GradScaler, clipping": Way(lambda: Net(Added()), scale=2.0**10, clip=0.5),
     "autocast": Way(functools.partial(plain_net, torch.float32), autocast=True, rtol=2e-2),
-    "foreach": Way(lambda: Net(Added()), functools.partial(SGD, nesterov=True, foreach=True), only_after=True),
-    "fused": Way(lambda: Net(Added()), functools.partial(torch.optim.AdamW, lr=0.02, fused=True), only_after=True),
+    "foreach": Way(lambda: Net(Added()), functools.partial(SGD, nesterov=True, foreach=True)),
+    "fused": Way(lambda: Net(Added()), functools.partial(torch.optim.AdamW, lr=0.02, fused=True)),
     "changing batch sizes": Way(sizes=(6, 3, 7, 2)),
     "missing labels": Way(missing=True),
 }
@@ -169,17 +168,18 @@ def loss_of(name, out, batch):
 # ---------------------------------------------------------------------------------------------- the loops
 
 
-def classic(net, way, forked):
-    """PyTorch's own loop; forked, with the stats of a balancer measured on the way."""
+def classic(net, way, forked, moving=None):
+    """PyTorch's own loop; forked, with the stats of a balancer measured on the way. `moving`: the weights of each step,
+    if they are not `WEIGHTS`."""
     stepper, scaler = way.optimizer(net.parameters()), scaler_of(way)
     state = BALANCER.init(2, dtype=torch.float64)
-    for batch, present in batches(way):
+    for step, (batch, present) in enumerate(batches(way)):
         stepper.zero_grad()
         with autocast(way):
             z = net.trunk(batch[0])
             copies = gn.fork(z, net.heads) if forked else dict.fromkeys(WEIGHTS, z)
             losses = {name: loss_of(name, head(copies[name]), batch) for name, head in net.heads.items()}
-        weights = WEIGHTS
+        weights = WEIGHTS if moving is None else moving[step]
         if forked:
             stats = gn.measure_losses(losses, copies)
             mask = present if way.missing else None
@@ -192,15 +192,15 @@ def classic(net, way, forked):
         finish(net, way, stepper, scaler)
 
 
-def functional(net, way, general=False, compiled=False):
-    """A balancer's `grad`, as the README writes it."""
+def functional(net, way, general=False, compiled=False, balancer=None):
+    """A balancer's `grad`, as the README writes it; the weights of each step."""
     params = dict(net.named_parameters(remove_duplicate=general))
     stepper, scaler = way.optimizer(net.parameters()), scaler_of(way)
     loss_fn = general_loss(net, way) if general else seam_loss(net, way)
     # Norms too, where there is no seam: by T pullbacks at once.
-    balancer = gn.static(WEIGHTS, norms=True) if general else BALANCER
+    balancer = balancer or (gn.static(WEIGHTS, norms=True) if general else BALANCER)
     step = torch.compile(balancer.grad, fullgraph=True, backend="eager") if compiled else balancer.grad
-    state = balancer.init(2, dtype=torch.float64)
+    state, used = balancer.init(2, dtype=torch.float64), []
     for batch, present in batches(way):
         scale = scaler.scale(torch.ones(())) if way.scale else None
         with autocast(way):
@@ -218,6 +218,8 @@ def functional(net, way, general=False, compiled=False):
         if way.renews:
             gn.write_buffers(net, aux)
         finish(net, way, stepper, scaler)
+        used.append({name: float(weight) for name, weight in gn.by_name(WEIGHTS, info.weights).items()})
+    return used
 
 
 def trained(net, way):
@@ -315,9 +317,7 @@ def reference(name):
 
 def stands(way, loop):
     """Whether a loop has a place for what is special about a way."""
-    if loop == "train":
-        return way.clip is None and way.scale is None and not way.autocast
-    return loop != "compiled" or not way.only_after
+    return loop != "train" or (way.clip is None and way.scale is None and not way.autocast)
 
 
 @pytest.mark.parametrize(
@@ -334,6 +334,32 @@ def test_the_ways_of_pytorch(name, loop):
         torch._C._autograd._saved_tensors_hooks_enable()  # which torch forgets when a compilation ends in an error
         return
     LOOPS[loop](net, way)
+    assert_as(net, way, before, after, still)
+
+
+METHODS = {  # weights of the steps before, and of this very step, with which the heads are run back once more
+    "gradnorm": gn.gradnorm(optimizer=gn.adam(0.2)),
+    "own": gn.balancer(lambda state, seen: (1 / seen.gramian.diagonal().sqrt(), ()), needs="gramian", same_step=True),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", [name for name in WAYS if "seam" not in WAYS[name].refused])
+def test_weights_that_move(name, method):
+    """With norms and Gramian taken on the way, and PyTorch's own loop with the weights that came out."""
+    way = WAYS[name]
+    before, _, still = reference(name)
+    torch.manual_seed(0)
+    net, twin = way.make(), way.make()
+    twin.load_state_dict(net.state_dict())
+    used = functional(net, way, balancer=METHODS[method])
+    assert len({row["a"] for row in used}) > 1, "they move"
+    classic(twin, way, forked=False, moving=used)
+    assert_as(net, way, before, twin.state_dict(), still)
+
+
+def assert_as(net, way, before, after, still):
+    """Parameters and buffers as they are `after`; those that are to move have moved."""
     for key, value in net.state_dict().items():
         moved = (after[key] - before[key]).double().norm()
         assert moved == 0 if key in still else moved > 1e-3 or not value.is_floating_point(), key

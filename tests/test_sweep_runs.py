@@ -163,6 +163,7 @@ def test_compiled_with_all_that_may_differ(monkeypatch):
     assert_same(run(), [run(compile=False)], F64)
 
 
+@pytest.mark.filterwarnings("ignore:no loss depends on the parameters")
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize(
     "given",

@@ -259,3 +259,32 @@ def test_the_loop_of_the_readme_survives_a_nan(model):
         gn.write_grads(model, grads, finite=info.finite)
         stepper.step()
     assert all(leaf.isfinite().all() for leaf in model.parameters())
+
+
+def nan_behind_w(params, x):
+    """The gradient of `root` is NaN, that of z is not: the root of 0, times 0."""
+    return x @ params["w"] + 0 * params["root"].square().sum().sqrt()
+
+
+BEHIND = gn.multi_task_loss(
+    nan_behind_w, [lambda params, z, x: z.square().mean(), lambda params, z, x: (z - 1).square().mean()]
+)
+
+
+@pytest.mark.parametrize("loop", ["write_grads", "train"])
+def test_a_gradient_that_is_nan_behind_w(loop):
+    """No loss and no norm at z shows it, and the step was taken."""
+    params = {"w": torch.ones(3, 2, **D), "root": torch.zeros(2, **D)}
+    x, balancer = torch.ones(4, 3, **D), gn.gradnorm()
+    if loop == "train":
+        run = gn.train(params, BEHIND, [x] * 3, progress=False)
+        assert not run.history.finite.any()
+        assert same_bits(run.params, params)
+        assert run.state.step == 0
+        frozen = {"w": params["w"].clone().requires_grad_(), "root": params["root"]}
+        assert gn.train(frozen, BEHIND, [x] * 3, progress=False).history.finite.all(), "of what moves alone"
+        return
+    grads, _, info = balancer.grad(balancer.init(2, **D), params, BEHIND, x)
+    assert grads["root"].isnan().all()
+    gn.write_grads(params, grads, finite=info.finite)
+    assert not any(leaf.grad.any() for leaf in params.values())

@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, Literal, Unpack, overload
 
-import torch
 from torch import Tensor
 
 from gradnorm_func._balance.guard import I, S
@@ -15,7 +14,8 @@ from gradnorm_func._balance.seen import mask_vector
 from gradnorm_func._balance.start import NumTasks
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import LossFn
-from gradnorm_func._core.numerics import choose
+from gradnorm_func._core.numerics import all_finite, choose
+from gradnorm_func._core.tasks import refuse_cut_off
 from gradnorm_func._core.tree import Params
 from gradnorm_func._measure.plan import Needs
 
@@ -66,7 +66,7 @@ class Balancer(Generic[S, I]):
             (state, info). If a loss, a norm or a new weight of a present task is not finite, the state is the old one,
             all of it, and `info.finite` is False.
         """
-        _check_stats(state, stats)
+        _check_stats(state, stats, mask)
         return self._passes.balance(state, stats, mask, update)
 
     def weights(self, state: S, stats: Any, *, mask: Any = None) -> Tensor:
@@ -163,7 +163,7 @@ class Balancer(Generic[S, I]):
         if job.mask is not None or job.options.get("loss_scale") is not None:
             # An absent loss may be NaN, but then 0 * NaN may have got into the gradients; and float16 may overflow in
             # the backbone alone, where no norm shows it.
-            sound = torch.stack([leaf.isfinite().all() for leaf in tree.flatten(stats.grads)[0]]).all()
+            sound = all_finite(tree.flatten(stats.grads)[0])
             new, info = choose(sound, new, state), info._replace(finite=info.finite & sound)
         return (stats.grads, new, info, outcome.aux) if has_aux else (stats.grads, new, info)
 
@@ -221,14 +221,15 @@ class Balancer(Generic[S, I]):
         return (new, outcome.aux) if has_aux else new
 
 
-def _check_stats(state: Any, stats: Any) -> None:
-    """Refuses what is no state, and what is no stats."""
+def _check_stats(state: Any, stats: Any, mask: Any = None) -> None:
+    """Refuses what is no state, what is no stats, and losses from which nothing can be learned."""
     if hasattr(state, "losses") and hasattr(stats, "weights"):
         raise ValueError(f"state={type(state).__name__}, stats={type(stats).__name__}: the order is (state, stats)")
     if not hasattr(stats, "losses"):
         raise ValueError(f"stats={type(stats).__name__}: give gn.measure_losses(losses, z, needs=balancer.needs)")
     if not hasattr(state, "weights"):
         raise ValueError(f"state={type(state).__name__} has no weights: the order is (state, stats)")
+    refuse_cut_off(stats.losses, mask_vector(mask, state.weights))
 
 
 def _job(state: Any, params: Any, loss_fn: LossFn, batch: Any, has_aux: bool, options: Mapping[str, Any]) -> Job:

@@ -27,10 +27,10 @@ def full_precision(like: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def accum_dtype(*tensors: Tensor) -> torch.dtype:
+def accum_dtype(*tensors: Tensor, least: torch.dtype = torch.float32) -> torch.dtype:
     """The dtype to add up in: the widest of the tensors', but at least float32."""
     dtypes = {x.dtype for x in tensors}
-    return torch.float32 if dtypes == {torch.float32} else reduce(torch.promote_types, dtypes, torch.float32)
+    return least if dtypes == {least} else reduce(torch.promote_types, dtypes, least)
 
 
 def promoted(x: Tensor) -> Tensor:
@@ -48,6 +48,13 @@ def choose(ok: Tensor, new: Tree, old: Tree) -> Tree:
     if ok.ndim == 0 and free_to_ask(ok):
         return new if bool(ok) else old
     return optree.tree_map(lambda a, b: torch.where(ok, a, b), new, old)  # type: ignore[arg-type, return-value]
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """() bool: whether all of these are finite."""
+    sound = [x.isfinite().all() for x in tensors]
+    together: Tensor = torch.stack([flag.to(sound[0].device) for flag in sound]).all()
+    return together
 
 
 def column(x: Tensor, like: Tensor) -> Tensor:
@@ -84,10 +91,30 @@ def square_norms(leaves: Iterable[Tensor]) -> Tensor:
 
 def row_norms(leaves: Sequence[Tensor]) -> Tensor:
     """(T,) norms over all leaves (T, ...), accumulated in float32 at least."""
-    dtype = accum_dtype(*leaves)
-    parts = [torch.linalg.vector_norm(leaf.reshape(leaf.shape[0], -1), dim=1, dtype=dtype) for leaf in leaves]
-    norms: Tensor = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0)
-    return norms
+
+    def norms(least: torch.dtype) -> Tensor:
+        dtype = accum_dtype(*leaves, least=least)
+        parts = [torch.linalg.vector_norm(leaf.reshape(leaf.shape[0], -1), dim=1, dtype=dtype) for leaf in leaves]
+        together: Tensor = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0)
+        return together
+
+    return of_any_size(norms)
+
+
+def of_any_size(norms: Callable[[torch.dtype], Tensor]) -> Tensor:
+    """(T,) norms, by a function of the least dtype to add up in: float64 where squares leave the range of float32.
+
+    That is asked on a CPU in eager mode only; elsewhere a norm below 1e-22 is 0, and one above 1e19 infinite.
+    """
+    found = norms(torch.float32)
+    return norms(torch.float64).to(found.dtype) if leaves_range(found) else found
+
+
+def leaves_range(norms: Tensor) -> bool:
+    """Whether the square of one of these norms loses digits in float32, where asking costs nothing."""
+    if norms.dtype != torch.float32 or not free_to_ask(norms):
+        return False
+    return not all(1e-16 < norm < 1e18 for norm in norms.tolist())
 
 
 def cosines(gramian: Tensor) -> Tensor:

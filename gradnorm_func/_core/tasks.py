@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import MultiTaskLoss, StackedHeads
+from gradnorm_func._core.tracing import free_to_ask
 from gradnorm_func._core.tree import PyTree
 
 # What names the tasks, or has a part for each of them: the loss with its seam, the losses, the heads, a list of names.
@@ -159,13 +160,45 @@ def _is_named(entries: Any) -> bool:
 
 # A (T,) tensor of losses that plain autograd has measured remembers the names of its tasks as an attribute, so that
 # what is given by name later can be compared with them.
-NAMES = "_task_names"
+NAMES, CUT_OFF = "_task_names", "_cut_off"
 
 
 def remember_names(vector: Tensor, tasks: PyTree) -> None:
     """Lets a tensor know whose numbers it holds, if they have names; a compiler does not ask."""
     if _is_named(tasks) and not torch.compiler.is_compiling():
         setattr(vector, NAMES, task_names(tasks))
+
+
+def remember_cut_off(vector: Tensor, names: list[str]) -> None:
+    """Lets a tensor of losses know which of them have no graph, for whoever knows which tasks are present."""
+    setattr(vector, CUT_OFF, names)
+
+
+def keep_memory(vector: Any, parts: Sequence[Any], *, whole: bool = True) -> None:
+    """Lets losses that were made of others know what those have remembered; `whole`: of no more than these."""
+    if torch.compiler.is_compiling() or not isinstance(vector, Tensor):
+        return
+    names = [remembered_names(part) for part in parts]
+    if names[0] is not None and all(row == names[0] for row in names):
+        setattr(vector, NAMES, names[0])
+    cut_off = set.intersection(*(set(getattr(part, CUT_OFF, [])) for part in parts))
+    if cut_off and whole:
+        remember_cut_off(vector, sorted(cut_off))
+
+
+def refuse_cut_off(vector: Any, active: Tensor | None) -> None:
+    """Refuses losses without a graph of tasks that are present, if that is known and costs nothing to ask."""
+    cut_off = [] if torch.compiler.is_compiling() else getattr(vector, CUT_OFF, [])
+    if not cut_off or (active is not None and not free_to_ask(active)):
+        return
+    names = remembered_names(vector) or task_names(vector)
+    present = cut_off if active is None else [n for n, here in zip(names, active.tolist(), strict=True) if here]
+    wrong = [repr(name) for name in cut_off if name in present]
+    if wrong:
+        raise ValueError(
+            f"losses without a gradient: {', '.join(wrong)}. Return the 0-d tensor, not .item(), float() or .detach() "
+            "of it; a task that is absent from a batch is left out by mask="
+        )
 
 
 def remembered_names(vector: Any) -> list[str] | None:

@@ -17,6 +17,7 @@ from gradnorm_func._gradinit.reinit import reinit_zeros
 from gradnorm_func._gradinit.settings import Options
 from gradnorm_func._gradinit.state import GradInitInfo, GradInitState, gradinit_apply, gradinit_init_state
 from gradnorm_func._gradinit.step import gradinit_step
+from gradnorm_func._measure.check import doubts
 
 P = TypeVar("P")
 
@@ -90,7 +91,10 @@ def gradinit(
     draw = drawn(batches, pairs=hyper.get("form", "paper") != "simple", overlap=overlap)
     history: list[GradInitInfo] = []
     for index in (shown := bar(range(steps), progress, "gradinit")):
-        state, info = run(state, *next(draw))
+        batch, after = next(draw)
+        if index == 0:
+            doubts(loss_fn, params, batch)  # refuses a module that the loss closes over
+        state, info = run(state, batch, after)
         # Scales cannot mend a loss that is not finite, and more steps would all be skipped alike. This is the
         # procedure's one wait for the device.
         if not bool(info.loss.isfinite()):

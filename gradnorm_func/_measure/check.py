@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._core import tree
+from gradnorm_func._core.looking import only_looking
 from gradnorm_func._core.loss import LossFn, MultiTaskLoss
 from gradnorm_func._core.numerics import row_norms
 from gradnorm_func._core.tasks import task_names, task_vector
@@ -22,7 +23,6 @@ from gradnorm_func._measure.reach import (
     private_where,
     reach_of,
     refuse_aux,
-    same_random_numbers,
 )
 from gradnorm_func._measure.tape import leaves_of
 
@@ -78,12 +78,13 @@ def check(
         ValueError: the seam misses part of these task gradients: task 'sly' at 'w' (relative difference 0.78)...
     """
     plan = plan_of(params, loss_fn, batch, where, None, "norms", has_aux=has_aux)
-    if unsteady := _not_finite_or_random(plan, rtol):
-        raise ValueError(unsteady)
-    reach = reach_of(plan)
-    findings = [_cut_off(reach), _closed_over(plan, reach), private_where(plan, reach), applied_twice(plan)]
-    if isinstance(loss_fn, MultiTaskLoss):
-        findings.append(_past_the_seam(loss_fn, params, batch, where, rtol, has_aux))
+    with only_looking(loss_fn, plan.leaves):
+        if unsteady := _not_finite_or_random(plan, rtol):
+            raise ValueError(unsteady)
+        reach = reach_of(plan)
+        findings = [_cut_off(reach), _closed_over(plan, reach), private_where(plan, reach), applied_twice(plan)]
+        if isinstance(loss_fn, MultiTaskLoss):
+            findings.append(_past_the_seam(loss_fn, params, batch, where, rtol, has_aux))
     findings = [finding for finding in findings if finding]
     if findings:
         raise ValueError("\n".join(findings))
@@ -93,12 +94,12 @@ def check(
 def doubts(loss_fn: LossFn, params: Any, batch: Any, mask: Any = None, has_aux: bool = False) -> list[str]:
     """The cheap part of `check`, for the first batch of a loop, in which some tasks may be absent: what to warn of.
 
-    Raises for a module that is closed over, which is never meant.
+    Raises for what is never meant: a module that is closed over, a `shared_linear` that the backbone applies, too.
     """
     plan = plan_of(params, loss_fn, batch, lambda _path: True, None, "losses", has_aux=has_aux)
     reach = reach_of(plan)
-    if closed := _closed_over(plan, reach):
-        raise ValueError(closed)
+    if wrong := _closed_over(plan, reach) or applied_twice(plan):
+        raise ValueError(wrong)
     paths = [repr(path) for path in _unread(plan, reach)] if mask is None else []
     found = [f"no loss depends on the parameters {', '.join(paths)}: they will not be trained"] if paths else []
     return found if mask is not None or not reach.dead else [_cut_off(reach), *found]
@@ -117,7 +118,7 @@ def _not_finite_or_random(plan: Plan, rtol: float | None) -> str:
     """Losses of which nothing else can be said: they are run twice. Random ones cannot be compared with the general
     engine's."""
     leaves = leaves_of(plan.leaves)
-    with same_random_numbers(leaves), torch.enable_grad():
+    with torch.enable_grad():
         runs = [split_aux(plan.loss_fn(plan.params(leaves), plan.batch), plan.has_aux)[0] for _ in range(2)]
     refuse_aux(runs[0])
     names, (one, other) = task_names(runs[0]), [task_vector(losses).detach() for losses in runs]

@@ -12,7 +12,7 @@ from torch.func import vmap
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import SharedLinear
-from gradnorm_func._core.numerics import accum_dtype, asked, diagonal, full_precision, safe_sqrt
+from gradnorm_func._core.numerics import accum_dtype, asked, diagonal, full_precision, leaves_range, safe_sqrt
 from gradnorm_func._measure.norms import PerTask, stacked
 from gradnorm_func._measure.plan import Plan, filled
 from gradnorm_func._measure.tape import tape
@@ -88,19 +88,20 @@ def norms(h: Tensor, y_grads: PerTask, leaves: Leaves) -> Tensor:
     (n, d_in), d_out, num_tasks = rows.shape, y_grads[0].shape[-1], len(y_grads)
     saved = num_tasks * n * d_out * d_in - (num_tasks * n * n * d_out + n * n * d_in)
     by_gram = leaves.weight and saved > WORTH
-
-    def direct(y_grad: Tensor) -> Tensor:
-        return _norm(rows, y_grad.reshape(n, d_out), leaves)
-
     with full_precision(h):
         if by_gram:
             inputs = _products(rows) + float(leaves.bias)
             # Rounding can take the square of a vanishing norm below zero.
             by_task = each(lambda g: (_products(g.reshape(n, d_out)) * inputs).sum().clamp(min=0), y_grads)
             squares = stacked(by_task)
-            if not asked(squares, lambda squares: _cancelled(squares, y_grads, inputs)):
-                return safe_sqrt(squares)
-        return stacked(each(direct, y_grads))
+            found = safe_sqrt(squares)
+            if not (leaves_range(found) or asked(squares, lambda squares: _cancelled(squares, y_grads, inputs))):
+                return found
+        found = stacked(each(lambda y_grad: _norm(rows, y_grad.reshape(n, d_out), leaves), y_grads))
+        if not leaves_range(found):
+            return found
+        exact = [_norm(rows.double(), y_grad.reshape(n, d_out).double(), leaves) for y_grad in y_grads]
+    return torch.stack(exact).to(found.dtype)
 
 
 def _cancelled(squares: Tensor, y_grads: PerTask, inputs: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from gradnorm_func._core.numerics import accum_dtype, diagonal, row_norms, safe_sqrt
+from gradnorm_func._core.numerics import accum_dtype, diagonal, leaves_range, of_any_size, row_norms, safe_sqrt
 from gradnorm_func._core.tracing import traced
 from gradnorm_func._measure.plan import Plan
 from gradnorm_func._reduce.stats import TaskStats, gramian_of
@@ -52,7 +52,15 @@ def stats_at_leaves(plan: Plan, losses: Tensor, rows: list[Tensor], seeds: Tenso
 
 def norms_by_example(z_grads: Sequence[PerTask]) -> tuple[Tensor, Tensor]:
     """(T,) norms over the batch and z, and the mean over examples of each example's norm."""
-    per_leaf = [_example_norms(leaf) for leaf in z_grads]  # (T, B) each
+    norms, means = _by_example(z_grads, torch.float32)
+    if leaves_range(norms):
+        norms, means = (row.to(norms.dtype) for row in _by_example(z_grads, torch.float64))
+    return norms, means
+
+
+def _by_example(z_grads: Sequence[PerTask], least: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same, added up in that dtype at least."""
+    per_leaf = [_example_norms(leaf, least) for leaf in z_grads]  # (T, B) each
     # No common example axis: the batch counts as one example. (A set of shapes would make sizes static.)
     if any(norms.shape[1] != per_leaf[0].shape[1] for norms in per_leaf[1:]):
         per_leaf = [torch.linalg.vector_norm(norms, dim=1, keepdim=True) for norms in per_leaf]
@@ -66,13 +74,16 @@ def norms_at_z(z_grads: list[PerTask]) -> Tensor:
     if any(isinstance(leaf, Tensor) for leaf in z_grads):
         return row_norms([stacked(leaf) for leaf in z_grads])
     tensors = [grad for leaf in z_grads for grad in leaf]  # leaf by leaf, T of each
-    dtype = accum_dtype(*tensors)
-    if traced():
-        norms = [torch.linalg.vector_norm(grad, dtype=dtype) for grad in tensors]
-    else:  # one call for all of them
-        norms = list(torch._foreach_norm(tensors, 2, dtype))
-    table = torch.stack(norms)
-    return table if len(z_grads) == 1 else torch.linalg.vector_norm(table.reshape(len(z_grads), -1), dim=0)
+
+    def norms(least: torch.dtype) -> Tensor:
+        dtype = accum_dtype(*tensors, least=least)
+        if traced():
+            table = torch.stack([torch.linalg.vector_norm(grad, dtype=dtype) for grad in tensors])
+        else:  # one call for all of them
+            table = torch.stack(torch._foreach_norm(tensors, 2, dtype))
+        return table if len(z_grads) == 1 else torch.linalg.vector_norm(table.reshape(len(z_grads), -1), dim=0)
+
+    return of_any_size(norms)
 
 
 def stacked(leaf: PerTask) -> Tensor:
@@ -80,14 +91,14 @@ def stacked(leaf: PerTask) -> Tensor:
     return leaf if isinstance(leaf, Tensor) else torch.stack(leaf)
 
 
-def _example_norms(leaf: PerTask) -> Tensor:
+def _example_norms(leaf: PerTask, least: torch.dtype) -> Tensor:
     """(T, B) norms of one leaf of z; the leading axis of z is the example axis."""
     if isinstance(leaf, Tensor):
         by_example = leaf.flatten(2) if leaf.ndim > 2 else leaf.reshape(leaf.shape[0], -1, 1)
-        norms: Tensor = torch.linalg.vector_norm(by_example, dim=2, dtype=accum_dtype(leaf))
+        norms: Tensor = torch.linalg.vector_norm(by_example, dim=2, dtype=accum_dtype(leaf, least=least))
         return norms
     rows = [grad.flatten(1) if grad.ndim > 1 else grad.reshape(-1, 1) for grad in leaf]
-    return torch.stack([torch.linalg.vector_norm(row, dim=1, dtype=accum_dtype(row)) for row in rows])
+    return torch.stack([torch.linalg.vector_norm(row, dim=1, dtype=accum_dtype(row, least=least)) for row in rows])
 
 
 def _unseeded(plan: Plan, rows: list[Tensor], seeds: Tensor | None) -> list[Tensor]:

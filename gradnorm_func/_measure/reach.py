@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradnorm_func._core import tree
+from gradnorm_func._core.looking import only_looking
 from gradnorm_func._core.loss import MultiTaskLoss, SharedLinear
 from gradnorm_func._core.numerics import asked
 from gradnorm_func._core.tasks import task_names
@@ -38,10 +38,10 @@ class Reach(NamedTuple):
 def reach_of(plan: Plan) -> Reach:
     """From the autograd graph of the losses, which are run once more."""
     leaves = leaves_of(plan.leaves)
-    with same_random_numbers(leaves), torch.enable_grad():
+    with only_looking(plan.loss_fn, leaves), torch.enable_grad():
         losses, _ = split_aux(plan.loss_fn(plan.params(leaves), plan.batch), plan.has_aux)
     refuse_aux(losses)
-    tasks, roots = task_names(losses), _roots(losses)
+    tasks, roots = task_names(losses), roots_of(losses)
     reads, others = zip(*(_ends(root, leaves) for root in roots), strict=True)
     dead = [task for task, root in zip(tasks, roots, strict=True) if root is None]
     return Reach(tasks, list(reads), dead, set().union(*others))
@@ -58,7 +58,7 @@ def refuse_aux(losses: Any) -> None:
 def ends_of(plan: Plan, part: Callable[[list[Tensor]], list[Tensor]]) -> set[int]:
     """Indices of the leaves of params that a part of the loss reads."""
     leaves = leaves_of(plan.leaves)
-    with same_random_numbers(leaves), torch.enable_grad():
+    with only_looking(plan.loss_fn, leaves), torch.enable_grad():
         outputs = part(leaves)
     return set().union(*(_ends(_node(out), leaves)[0] for out in outputs))
 
@@ -71,7 +71,7 @@ def _ends(root: Any, leaves: list[Tensor]) -> tuple[set[int], set[torch.Size]]:
     return {index[id(end)] for end in ends if id(end) in index}, others
 
 
-def _roots(losses: Any) -> list[Any]:
+def roots_of(losses: Any) -> list[Any]:
     """The node of each loss in the graph; None for a loss without one."""
     if isinstance(losses, Tensor):
         if losses.grad_fn is not None and losses.grad_fn.name().startswith("StackBackward"):
@@ -83,11 +83,6 @@ def _roots(losses: Any) -> list[Any]:
 
 def _node(x: Tensor) -> Any:
     return torch.autograd.graph.get_gradient_edge(x).node if x.requires_grad else None
-
-
-def same_random_numbers(leaves: list[Tensor]) -> AbstractContextManager[None]:
-    """Whoever draws after this draws what he would have drawn without it."""
-    return torch.random.fork_rng({x.device for x in leaves if x.is_cuda})
 
 
 def require_tensors(plan: Plan, losses: Any) -> None:

@@ -25,7 +25,7 @@ from gradnorm_func._measure.crossing import AtZ, Crossing, Trunk, Weighted, line
 from gradnorm_func._measure.norms import PerTask
 from gradnorm_func._measure.plan import Measured, Plan, filled, split_aux, weighted_sum
 from gradnorm_func._measure.reach import applied_twice, read_by_a_head, require_reached, require_tensors
-from gradnorm_func._measure.tape import Grads, Tape, copy_of, gradients, leaves_of, tape
+from gradnorm_func._measure.tape import WRITTEN, Grads, Tape, copy_of, gradients, leaves_of, tape
 
 
 def seam(plan: Plan, crossing_of: Callable[[Plan], Crossing] = Weighted) -> Measured:
@@ -86,7 +86,7 @@ def _joined(plan: Plan, loss: MultiTaskLoss, trunk: Trunk) -> Measured:
         versions = [leaf._version for leaf in trunk.tape.saved]
         vector, aux = _run_heads(plan, loss, trunk.z_treedef, plan.leaves, z)
     if versions != [leaf._version for leaf in trunk.tape.saved]:
-        raise ValueError(_WRITTEN)
+        raise ValueError(WRITTEN)
     losses = vector.detach()
     plan, decision = plan.with_losses(losses)
     seeds = Weighted(plan).seeds(losses)
@@ -115,12 +115,6 @@ def _joined_copies(plan: Plan, loss: MultiTaskLoss, trunk: Trunk) -> tuple[list[
         return z, [], False
     z = [copies if isinstance(copies, Tensor) else [x.view_as(x) for x in copies] for copies in z]
     return z, z, False
-
-
-_WRITTEN = (
-    "a head writes to z in place, which all heads read: let it begin with an operation that makes a new tensor, "
-    "nn.ReLU(inplace=False) for one"
-)
 
 
 def _trunk(plan: Plan, loss: MultiTaskLoss, trunk_loss: Callable[[Any, Any, Any], Tensor] | None) -> Trunk:
@@ -207,12 +201,7 @@ def _heads(plan: Plan, loss: MultiTaskLoss, trunk: Trunk, crossing: Crossing) ->
         return [vector], aux
 
     inputs = [*(plan.leaves[i] for i in indices), *_flat(z), *(copy_of(leaf) for leaf in w for _ in range(count))]
-    try:
-        return _Heads(tape(record, inputs), indices, z, w_indices, w)
-    except RuntimeError as error:
-        if "in-place" in str(error):
-            raise ValueError(_WRITTEN) from error
-        raise
+    return _Heads(tape(record, inputs), indices, z, w_indices, w)
 
 
 def _read_apart(plan: Plan, loss: MultiTaskLoss, trunk: Trunk) -> list[int]:

@@ -86,8 +86,12 @@ def _by_autograd(fn: Recorded, inputs: Sequence[Tensor]) -> Tape:
             "torch.inference_mode() records no gradients: use torch.no_grad() here, which is no obstacle"
         )
     leaves = [x if x.is_leaf and x.requires_grad else x.detach().requires_grad_() for x in inputs]
-    with torch.enable_grad():
-        outputs, aux = fn(leaves)
+    try:
+        with torch.enable_grad():
+            outputs, aux = fn(leaves)
+    except RuntimeError as error:
+        _refuse_in_place(error)
+        raise
     cut = [out.detach() for out in outputs]
 
     def pull(cotangents: Sequence[Tensor], wanted: Sequence[int] | None = None, *, last: bool = False) -> Grads:
@@ -117,11 +121,25 @@ def gradients(
     return dense(grads)
 
 
+WRITTEN = (
+    "the loss writes in place to z or to a parameter, as nn.ReLU(inplace=True) as the first layer of a head does: give "
+    "that layer inplace=False"
+)
+
+
+def _refuse_in_place(error: RuntimeError) -> None:
+    """Says what a head does that writes to its copy of z, which plain PyTorch lets pass."""
+    if "leaf Variable that requires grad is being used in an in-place" in str(error):
+        raise ValueError(WRITTEN) from error
+
+
 def _by_torch_func(fn: Recorded, inputs: Sequence[Tensor]) -> Tape:
     constants = _Constants()
+    reached: list[bool] = []
 
     def run(leaves: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         outputs, aux = fn(leaves)
+        reached[:] = [out.requires_grad for out in outputs]
         return outputs, constants.take(aux)
 
     try:
@@ -133,10 +151,13 @@ def _by_torch_func(fn: Recorded, inputs: Sequence[Tensor]) -> Tape:
                 "mode: call the module by gn.functional(module, prefix, buffers=True), which returns (output, new "
                 "buffers), and give these out as aux"
             ) from error
+        _refuse_in_place(error)
         raise
 
     def pull(cotangents: Sequence[Tensor], wanted: Sequence[int] | None = None, *, last: bool = False) -> Grads:
         del last  # whoever traces frees what it likes
+        if True not in reached:  # what closes over its parameters
+            return [None] * len(inputs if wanted is None else wanted)
         with full_precision(outputs[0]):
             grads = pull_all(list(cotangents))[0]
         return dense(grads if wanted is None else [grads[i] for i in wanted])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.numerics import accum_dtype, promoted, safe_sqrt
+from gradnorm_func._core.tasks import keep_memory
 from gradnorm_func._reduce.stats import S, TaskStats, mean_of, present, sums_of
 
 
@@ -72,7 +73,9 @@ def all_reduce(stats: S, group: Any = None, *, squared_norms: bool = False) -> S
     dist.all_reduce(bucket, group=group)
     parts = torch.split(bucket, [shape.numel() for shape, _, _ in layout])
     shaped = [part.reshape(shape).to(device, dtype) for part, (shape, dtype, device) in zip(parts, layout, strict=True)]
-    return mean_of(stats, tree.unflatten(treedef, shaped))
+    mean = mean_of(stats, tree.unflatten(treedef, shaped))
+    keep_memory(getattr(mean, "losses", None), [getattr(stats, "losses", None)], whole=False)
+    return mean
 
 
 def _mean_of_squares(stats: TaskStats, group: Any) -> TaskStats:

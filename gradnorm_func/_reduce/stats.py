@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.numerics import accum_dtype, diagonal, full_precision, promoted, safe_sqrt, square_norms
+from gradnorm_func._core.tasks import keep_memory
 
 
 class Stats(Protocol):
@@ -118,7 +119,9 @@ def merge(*stats: S | None) -> S:
         raise ValueError("merge() of nothing: give it at least one TaskStats")
     sums = [sums_of(part) for part in parts]
     total = sums[0] if len(sums) == 1 else tree.tree_map(lambda *leaves: sum(leaves[1:], leaves[0]), *sums)
-    return mean_of(parts[0], total)
+    merged = mean_of(parts[0], total)
+    keep_memory(getattr(merged, "losses", None), [getattr(part, "losses", None) for part in parts])
+    return merged
 
 
 def sums_of(stats: Stats) -> dict[str, Any]:

@@ -170,19 +170,19 @@ class Layout(NamedTuple):
         n, d, p = self.blocks(z)
         x, rest = self._parts(z.reshape(n, d, p))  # (n, m, p), (n, d - m, p)
         turned = x[..., 0] @ rotations.mT if p == 1 else torch.einsum("kij,njp->knip", rotations, x)
-        return self._join(turned, rest).reshape(-1, *z.shape)
+        return self._join(turned, rest).reshape(rotations.shape[0], *z.shape)  # -1 is no number of no examples
 
     def back(self, r: Tensor, rotations: Tensor) -> Tensor:
         """(T, *z.shape): R_kᵀ r_k for every task."""
         n, d, p = self.blocks(r[0])
-        x, rest = self._parts(r.reshape(-1, n, d, p))  # (T, n, m, p), (T, n, d - m, p)
+        x, rest = self._parts(r.reshape(r.shape[0], n, d, p))  # (T, n, m, p), (T, n, d - m, p)
         turned = x[..., 0] @ rotations if p == 1 else torch.einsum("kij,knip->knjp", rotations, x)
         return self._join(turned, rest).reshape(r.shape)
 
     def moments(self, left: Tensor, right: Tensor) -> Tensor:
         """(T, m, m) Σ_n x_{k,n} y_nᵀ, of x (T, *z.shape) and y (*z.shape), over examples and trailing positions."""
         n, d, p = self.blocks(right)
-        x = self._parts(left.reshape(-1, n, d, p))[0]  # (T, n, m, p)
+        x = self._parts(left.reshape(left.shape[0], n, d, p))[0]  # (T, n, m, p)
         y = self._parts(right.reshape(n, d, p))[0]  # (n, m, p)
         return x[..., 0].mT @ y[..., 0] if p == 1 else torch.einsum("knip,njp->kij", x, y)
 

@@ -7,7 +7,8 @@ for each task makes every ∂L_i/∂z separate, and the step remains the caller'
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.numerics import diagonal, promoted, row_norms, safe_sqrt
-from gradnorm_func._core.tasks import remember_names, task_names, task_vector, weights_like
+from gradnorm_func._core.tasks import remember_cut_off, remember_names, task_names, task_vector, weights_like
 from gradnorm_func._core.tracing import inside_transform
 from gradnorm_func._measure.norms import PerTask, norms_at_z, norms_by_example, stacked
 from gradnorm_func._measure.plan import NEEDS, Needs, check_word
+from gradnorm_func._measure.reach import roots_of
 from gradnorm_func._measure.sharded import sharded, whole
 from gradnorm_func._measure.tape import dense, nodes
 from gradnorm_func._reduce.stats import TaskStats, gramian_of
@@ -90,13 +92,15 @@ def measure_losses(
     check_word("needs", needs, NEEDS)
     if inside_transform():
         raise ValueError("measure_losses runs autograd, which torch.func does not see: use gn.measure inside of it")
-    vector = whole(task_vector(losses))
+    vector = whole(task_vector(losses))  # in which a number, of a task that is absent, is a loss without a graph
     stats = TaskStats(losses=vector.detach(), num_examples=torch.as_tensor(num_examples))
     remember_names(stats.losses, losses)
     if needs == "losses":
         return stats
     if not vector.requires_grad:
         raise ValueError("losses have no graph: were they computed under no_grad, or from a detached z?")
+    names, roots = task_names(losses), roots_of(losses)
+    remember_cut_off(stats.losses, [name for name, root in zip(names, roots, strict=True) if root is None])
     if where is not None:
         if weights is not None:
             raise ValueError("weights= is for copies, which keep their gradients; at where=, call before backward()")
@@ -130,15 +134,10 @@ def _pulled(vector: Tensor, tasks: list[list[Tensor]], seeds: Tensor) -> Sequenc
             "What does not depend on the backbone is no part of z"
         )
     # One pass: a copy is read by its own task alone.
-    try:
-        grads = torch.autograd.grad(vector, flat, seeds, retain_graph=True, allow_unused=True)
-    except RuntimeError as error:
-        if "a second time" not in str(error):
-            raise
-        raise ValueError(
-            "the graph of losses is gone: backward() has run already. Give weights=, those of the sum that went "
-            "backward, and the norms are those of that pass; or call measure_losses before backward()"
-        ) from error
+    grads: Sequence[Tensor | None] = _before_backward(
+        lambda: torch.autograd.grad(vector, flat, seeds, retain_graph=True, allow_unused=True),
+        "Give weights=, those of the sum that went backward, and the norms are those of that pass; or call",
+    )
     for leaf in flat:
         leaf.grad = None  # kept from this pass too, and the backward pass of the step would add to it
     if all(grad is None for grad in grads):
@@ -150,6 +149,18 @@ def _pulled(vector: Tensor, tasks: list[list[Tensor]], seeds: Tensor) -> Sequenc
     return grads
 
 
+def _before_backward(pull: Callable[[], Any], else_: str) -> Any:
+    """What is pulled through the graph of losses, which a backward pass frees."""
+    try:
+        return pull()
+    except RuntimeError as error:
+        if "a second time" not in str(error):
+            raise
+        raise ValueError(
+            f"the graph of losses is gone: backward() has run already. {else_} measure_losses before backward()"
+        ) from error
+
+
 def _written(tasks: list[list[Tensor]]) -> Sequence[Tensor | None]:
     """The same, as the step's own backward pass has left them on the copies."""
     grads = [leaf.grad for leaves in tasks for leaf in leaves]
@@ -159,14 +170,15 @@ def _written(tasks: list[list[Tensor]]) -> Sequence[Tensor | None]:
 
 
 def _require_own_copies(losses: Any, tasks: list[list[Tensor]], grads: Sequence[Tensor | None]) -> None:
-    """Refuses a head that was given another task's copy; a loss that reads none, such as a penalty, is at z just 0."""
+    """Refuses a head that was given another task's copy, or z; a loss that reads none, such as a penalty, is at z 0."""
     width = len(tasks[0])
     unread = [i for i in range(len(tasks)) if all(grad is None for grad in grads[i * width : (i + 1) * width])]
     if not unread or isinstance(losses, Tensor):
         return
     names, terms = task_names(losses), tree.flatten(tree.by_key(losses))[0]
+    forked = [leaf.grad_fn.next_functions[0][0] for leaf in tasks[0] if leaf.grad_fn is not None]  # of z itself
     for i in unread:
-        below = list(nodes([terms[i].grad_fn]))
+        below = list(nodes([getattr(terms[i], "grad_fn", None)]))  # a number has none
         edges = {edge for node in below for edge in node.next_functions}
         for j, leaves in enumerate(tasks):
             if j != i and any((leaf.grad_fn, leaf.output_nr) in edges for leaf in leaves):
@@ -174,6 +186,10 @@ def _require_own_copies(losses: Any, tasks: list[list[Tensor]], grads: Sequence[
                     f"losses[{names[i]!r}] does not read its own copy of z, but that of {names[j]!r}: give its head "
                     f"copies[{names[i]!r}]"
                 )
+        if not set(below).isdisjoint(forked):
+            raise ValueError(
+                f"losses[{names[i]!r}] does not read its own copy of z, but z: give its head copies[{names[i]!r}]"
+            )
 
 
 def _by_leaf(tasks: list[list[Tensor]], grads: Sequence[Tensor | None]) -> list[PerTask]:
@@ -214,12 +230,17 @@ def _checked(copies: Any, losses: Any, count: int) -> list[Any]:
     return list(copies)
 
 
+def _pulled_to(loss: Tensor, leaves: list[Tensor], seed: Tensor) -> Sequence[Tensor | None]:
+    return torch.autograd.grad(loss, leaves, seed, retain_graph=True, allow_unused=True)
+
+
 def _at_parameters(stats: TaskStats, losses: Any, where: Any, scale: Tensor, needs: str) -> TaskStats:
     """One task after the other: each pass goes through its own head and what lies between that and W."""
-    terms = [whole(loss) for loss in (losses.unbind() if isinstance(losses, Tensor) else tree.flatten(losses)[0])]
+    terms = losses.unbind() if isinstance(losses, Tensor) else tree.flatten(losses)[0]
+    terms = [whole(torch.as_tensor(loss)) for loss in terms]
     leaves, treedef = tree.flatten(where)
     rows = [
-        dense(torch.autograd.grad(loss, leaves, scale.to(loss.dtype), retain_graph=True, allow_unused=True))
+        dense(_before_backward(functools.partial(_pulled_to, loss, leaves, scale.to(loss.dtype)), "Call"))
         if loss.requires_grad
         else [None] * len(leaves)
         for loss in terms

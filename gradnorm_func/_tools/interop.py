@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradnorm_func._core import tree
+from gradnorm_func._core.numerics import all_finite
 from gradnorm_func._core.trained import Trained, apart
 from gradnorm_func._core.tree import Tensors
 from gradnorm_func._tools.substitute import unset_buffers
@@ -31,9 +32,10 @@ def write_grads(
     Args:
         target: a module, the dict of its named parameters, or any pytree of leaf tensors.
         grads: gradients in the structure of the params that they were taken of; for a module, a dict by name.
-        finite: `info.finite`: if it is False, zeros are written, so that no NaN reaches the optimizer, and nothing
-            waits for the device. (Momentum still moves the parameters. `if info.finite:` around the step leaves it
-            out, and waits.) Not with a `GradScaler`, which is to see what is not finite.
+        finite: `info.finite`: if it is False, or a gradient here is not finite (behind W no norm has shown it), zeros
+            are written, so that no NaN reaches the optimizer, and nothing waits for the device. (Momentum still moves
+            the parameters. `if info.finite:` around the step leaves it out, and waits.) Not with a `GradScaler`, which
+            is to see what is not finite.
 
     Raises:
         ValueError: if the structures or shapes differ, or if all is frozen.
@@ -58,6 +60,7 @@ def write_grads(
     places = Trained.of(leaves)
     new = [grad.detach() for grad in places.sums(grad_leaves)]
     if finite is not None:
+        finite = all_finite(new) & torch.as_tensor(finite, device=new[0].device)
         new = [torch.where(torch.as_tensor(finite, device=grad.device), grad, 0.0) for grad in new]
     for leaf in leaves:
         leaf.grad = None
@@ -82,7 +85,7 @@ def _matched(target: Any, grads: Any) -> tuple[Any, list[Tensor], list[Tensor]]:
     return params, leaves, grad_leaves
 
 
-def write_buffers(module: nn.Module, aux: Any) -> None:
+def write_buffers(module: nn.Module, aux: Any, *, finite: Tensor | bool | None = None) -> None:
     r"""Writes new buffers into a module, such as the running statistics of batch norm, once a step was taken.
 
     ::
@@ -91,12 +94,14 @@ def write_buffers(module: nn.Module, aux: Any) -> None:
         loss_fn = gn.multi_task_loss(lambda params, batch: trunk(params, batch["x"]), heads, has_aux=True)
         grads, state, info, aux = balancer.grad(state, params, loss_fn, batch, has_aux=True)
         gn.write_grads(model, grads)
-        gn.write_buffers(model, aux)
+        gn.write_buffers(model, aux, finite=info.finite)
 
     Args:
         module: the whole model.
         aux: any pytree in which dicts hold tensors under names of the module's buffers, such as the aux of a step; what
             has another name is left alone.
+        finite: `info.finite`: if it is False, the buffers stay as they were, and nothing waits for the device: the
+            statistics of a batch with a NaN would be NaN for ever.
 
     Raises:
         ValueError: if aux holds no buffer of the module, or two values for one: two calls of a part in one loss, and
@@ -129,8 +134,9 @@ def write_buffers(module: nn.Module, aux: Any) -> None:
         )
     with torch.no_grad():
         for name in names:
-            buffers[name].copy_(new[name])
-    for name, (holder, key) in unset.items():  # the first value of a buffer that was None
+            value, old = new[name], buffers[name]
+            old.copy_(value if finite is None else torch.where(torch.as_tensor(finite, device=old.device), value, old))
+    for name, (holder, key) in unset.items() if finite is None or bool(finite) else ():  # that were None, at first
         holder[key] = new[name].detach().clone()
 
 

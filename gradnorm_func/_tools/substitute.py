@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import checkpoint
 
+from gradnorm_func._core.tracing import inside_transform
+
 
 class Place(NamedTuple):
     """One place in which a module looks a tensor up; a tied tensor has several, under one name."""
@@ -52,6 +54,7 @@ class Places:
         self.holders = [holder for part in parts for holder in (part._parameters, part._buffers)]
         self.norms = {id(part._buffers): part for part in parts if isinstance(part, _NormBase)}
         self.turn = _Turn(parts)
+        self.seen_training = False  # whether the values of the buffers were compared, in train mode, and were old
         with self.turn:  # another thread may have put its tensors there
             self.structure = self._structure()
             parameters = _places(self.holders[::2], dict(module.named_parameters()), dot)
@@ -122,11 +125,14 @@ class Substitution:
             places.fill([*self.parameters, *(clones.get(id(buffer)) for buffer in self.buffers)])
             _thread.active, self.running = (*outer, self), True
             out = function(*args, **kwargs)
+            compare = places.module.training and not places.seen_training and not inside_transform()
             self.changed = [
                 name
                 for (holder, key, name), old in zip(places.buffers, self.buffers, strict=True)
-                if places.renews(holder) and _is_new(holder[key], clones.get(id(old)))
+                if places.renews(holder)
+                and (_is_new(holder[key], clones.get(id(old))) or (compare and _differs(holder[key], old)))
             ]
+            places.seen_training |= compare and not self.changed
             return out, {name: holder[key] for holder, key, name in places.buffers if holder[key] is not None}
         finally:
             _thread.active, self.running = outer, was_running
@@ -144,6 +150,14 @@ def _is_new(tensor: Any, clone: Tensor | None) -> bool:
     """Whether another tensor stands in the place of the clone, or something was written to it; None is a buffer that
     had no value."""
     return tensor is not clone or (clone is not None and not clone.is_inference() and clone._version > 0)
+
+
+def _differs(tensor: Any, old: Any) -> bool:
+    """Whether values are other ones, which waits for the device: `F.batch_norm` writes to its statistics, and leaves
+    their version as it was."""
+    if type(tensor) is not Tensor or type(old) is not Tensor or old.is_meta or old.layout is not torch.strided:
+        return False
+    return not torch.equal(tensor, old) and not bool(((tensor == old) | ((tensor != tensor) & (old != old))).all())
 
 
 def unset_buffers(module: nn.Module) -> dict[str, tuple[MutableMapping[str, Any], str]]:

@@ -145,7 +145,8 @@ def sweep(
         `history.finite` is False left that run as it was.
 
     Raises:
-        ValueError: for an empty grid, a name that no function takes or that is missing from the grid, a value that is
+        ValueError: for what `train` refuses at its first step, such as a module that the loss closes over; for an empty
+            grid, a name that no function takes or that is missing from the grid, a value that is
             no number, boolean or vector, or that chooses between two programs, several seeds for params that do not
             depend on them, batches that differ in number or shape from seed to seed, or no batches; and as `measure`
             and the balancers do.

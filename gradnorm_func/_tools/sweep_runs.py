@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._core import tree
+from gradnorm_func._core.looking import only_looking
 from gradnorm_func._core.numerics import choose
 from gradnorm_func._core.trained import Trained
+from gradnorm_func._measure.check import doubts
 from gradnorm_func._tools.sweep_grid import Factory, Run
-from gradnorm_func._tools.train import first_look
+from gradnorm_func._tools.train import first_look, warn
 
 
 class Program(NamedTuple):
@@ -58,7 +60,7 @@ def start(
     starts = {seed: tree.tree_map(torch.detach, params) for seed, params in starts.items()}
     like = tree.flatten(starts[rows[0].seed])[0][0]
     example = {name: column[0] for name, column in table_of(rows[:1], like.dtype, like.device).items()}
-    _, init = first_look(program.loss_fn.of_run(example), starts[rows[0].seed], batch)
+    init = _looked_at(program, example, starts[rows[0].seed], batch)
     # Hyperparameters are as exact as the weights, and do not widen what they are multiplied with.
     table = table_of(rows, init["dtype"], init["device"])
 
@@ -77,6 +79,17 @@ def start(
         hyper, current = tree.tree_map(lambda *leaves: torch.stack(leaves), *map(one, part))
         chunks.append(Runs(hyper, [rows[run].seed for run in part], current, [], []))
     return table, chunks
+
+
+def _looked_at(program: Program, hyper: Mapping[str, Any], params: Any, batch: Any) -> dict[str, Any]:
+    """What `init` is to be called with. A step of one run that is seen by nobody: under `vmap` nobody can ask whether
+    the losses read params, or W is that of one task."""
+    loss_fn, balancer = program.loss_fn.of_run(hyper), program.balancer.of_run(hyper)
+    _, init = first_look(loss_fn, params, batch)
+    warn(doubts(loss_fn, params, batch))
+    with only_looking(loss_fn, tree.flatten(params)[0]):
+        balancer.grad(balancer.init(**init), params, loss_fn, batch)
+    return init
 
 
 def by_seed(batches: Callable[[int], Iterable[Any]], seeds: Iterable[int]) -> Iterator[dict[int, Any]]:

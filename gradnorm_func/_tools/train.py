@@ -17,7 +17,9 @@ from gradnorm_func._balance.guard import I, S
 from gradnorm_func._balance.protocol import Balancer
 from gradnorm_func._core import tree
 from gradnorm_func._core.compiling import compiled_once
+from gradnorm_func._core.looking import only_looking
 from gradnorm_func._core.loss import LossFn, MultiTaskLoss
+from gradnorm_func._core.numerics import all_finite
 from gradnorm_func._core.progress import Bar, bar
 from gradnorm_func._core.tasks import task_names, task_vector
 from gradnorm_func._core.trained import Trained
@@ -133,6 +135,7 @@ def train(
     balancer = gradnorm() if balancer is None else balancer
     _check_arguments(params, loss_fn, batches, balancer, buffers)
     current, stepper = _start(params, optimizer, optimizer_state)  # always up to date, for the stepper works in place
+    moved = Trained.of(tree.flatten(current)[0]).moved
     has_aux = buffers is not None
 
     program = (balancer, loss_fn, has_aux)
@@ -146,7 +149,9 @@ def train(
             names, arguments = first_look(loss_fn, current, batch, has_aux)
             state = balancer.init(**arguments) if state is None else state
         update = balancer.every == 1 or int(state.step) % balancer.every == 0  # a compiled step cannot ask
-        grads, state, info, *aux = run(state, current, batch, None if mask is None else mask(batch), update)
+        grads, new, info, *aux = run(state, current, batch, None if mask is None else mask(batch), update)
+        # A gradient that is not finite behind W, in the trunk alone, is shown by no loss and no norm.
+        info = info._replace(finite=info.finite & all_finite([tree.flatten(grads)[0][i] for i in moved]))
         # A step that is not finite must not reach the parameters. Zeroed gradients would still move Adam's moments,
         # so the optimizer is not called at all; this is the loop's one wait for the device.
         if bool(info.finite):
@@ -154,9 +159,9 @@ def train(
             stepper.step()
             if buffers is not None:
                 write_buffers(buffers, aux)
-            state = state if update else state._replace(step=state.step + 1)
+            state = new if update else new._replace(step=new.step + 1)
         if not history:
-            _warn(first_doubts + _of_zeros(info))
+            warn(first_doubts + _of_zeros(info))
         history.append(info)
         _show(shown, names, info)
     if not history:
@@ -240,9 +245,7 @@ def _check_arguments(params: Any, loss_fn: Any, batches: Any, balancer: Any, buf
 def first_look(loss_fn: LossFn, params: Any, batch: Any, has_aux: bool = False) -> tuple[list[str], dict[str, Any]]:
     """The names of the tasks, and what a balancer's `init` is to be called with: as many tasks as the loss has, in at
     least float32, beside it."""
-    devices = {leaf.device for leaf in tree.flatten(params)[0] if leaf.device.type == "cuda"}
-    # The steps that follow draw the random numbers that they would draw without this look.
-    with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+    with torch.no_grad(), only_looking(loss_fn, tree.flatten(params)[0]):
         losses = split_aux(loss_fn(params, batch), has_aux)[0]
         vector = task_vector(losses)
     dtype = torch.promote_types(vector.dtype, torch.float32)
@@ -270,6 +273,7 @@ def _of_zeros(info: Any) -> list[str]:
     )
 
 
-def _warn(doubts: list[str]) -> None:
+def warn(doubts: list[str]) -> None:
+    """What may be meant, and may be a mistake."""
     if doubts:
         warnings.warn("; ".join(doubts), stacklevel=3)
