@@ -135,10 +135,10 @@ def test_without_overlap_the_second_batch_shares_nothing_with_the_first():
     params = {"a": params["a"]}
     gn.gradinit(params, loss_fn, minis, steps=2, overlap=False, gamma=1e9, progress=False)
     look = [[0, 1]]  # at the first batch, before the steps: does the loss read params?
-    assert seen == look + [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert seen == [*look, [0, 1], [2, 3], [4, 5], [6, 7]]
     seen.clear()
     gn.gradinit(params, loss_fn, minis, steps=2, gamma=1e9, progress=False)
-    assert seen == look + [[0, 1], [0, 2], [3, 4], [3, 5]]
+    assert seen == [*look, [0, 1], [0, 2], [3, 4], [3, 5]]
 
 
 # What is scaled.
