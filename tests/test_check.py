@@ -220,21 +220,6 @@ def test_sweep_refuses_the_w_of_one_task():
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("form", ["general", "separable"])
-def test_closed_over_modules_in_a_compiled_step(form):
-    """Without a seam the compiler sees it, too."""
-    net = model()
-    params, loss_fn = dict(net.named_parameters()), seam(net, ["trunk", "kind", "price"])
-    if form == "separable":
-        parts = [lambda p, x: net["kind"](net["trunk"](x)).mean(), lambda p, x: net["price"](net["trunk"](x)).mean()]
-        loss_fn = gn.multi_task_loss(None, parts)
-    loss_fn = general(loss_fn) if form == "general" else loss_fn
-    for balancer in (gn.gradnorm(), gn.static(), gn.mgda()):
-        step = torch.compile(balancer.grad, fullgraph=True, backend="eager")
-        with pytest.raises(Exception, match="no loss depends on any of params: does loss_fn close over a module"):
-            step(balancer.init(2), params, loss_fn, X)
-
-
 @pytest.mark.parametrize("closed", ["closure", "partial", "method", "global"])
 def test_looks_change_no_buffer(closed):
     """Batch norm by `torch.func.functional_call` renews the statistics of the module itself: once a step."""

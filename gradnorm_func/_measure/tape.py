@@ -135,11 +135,9 @@ def _refuse_in_place(error: RuntimeError) -> None:
 
 def _by_torch_func(fn: Recorded, inputs: Sequence[Tensor]) -> Tape:
     constants = _Constants()
-    reached: list[bool] = []
 
     def run(leaves: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         outputs, aux = fn(leaves)
-        reached[:] = [out.requires_grad for out in outputs]
         return outputs, constants.take(aux)
 
     try:
@@ -156,8 +154,6 @@ def _by_torch_func(fn: Recorded, inputs: Sequence[Tensor]) -> Tape:
 
     def pull(cotangents: Sequence[Tensor], wanted: Sequence[int] | None = None, *, last: bool = False) -> Grads:
         del last  # whoever traces frees what it likes
-        if True not in reached:  # what closes over its parameters
-            return [None] * len(inputs if wanted is None else wanted)
         with full_precision(outputs[0]):
             grads = pull_all(list(cotangents))[0]
         return dense(grads if wanted is None else [grads[i] for i in wanted])
