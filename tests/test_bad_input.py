@@ -191,6 +191,26 @@ CALLS = {
         lambda s: gn.normalized().grad(gn.normalized().init(3), P, with_head(SEAM, lambda p, z, b: z.relu_().sum()), B),
         "the loss writes in place to z or to a parameter, as nn.ReLU(inplace=True)",
     ),
+    "a module for a head": (
+        lambda s: gn.multi_task_loss(SEAM.backbone, {"a": NET, "b": NET}),
+        "heads['a']=Linear is a module, and must be a function of (params, z, batch): write call = gn.functional(",
+    ),
+    "a module for the backbone": (
+        lambda s: gn.multi_task_loss(NET, SEAM.heads),
+        "backbone=Linear is a module, and must be a function of (params, batch)",
+    ),
+    "a set for a mask": (
+        lambda s: gn.gradnorm_balance(s, stats([1.0, 2.0, 3.0]), mask={"t0"}),
+        "mask={'t0'} has no order: give a truth value for each task",
+    ),
+    "losses for copies": (
+        lambda s: gn.weigh_trunk([x.sum() for x in gn.fork(torch.ones(2, requires_grad=True), 3)], torch.ones(3)),
+        "copies are scalars: give the copies of z that gn.fork has made, not the losses",
+    ),
+    "weights of the trunk by other names": (
+        lambda s: gn.weigh_trunk(gn.fork(torch.ones(2, requires_grad=True), ["a", "b"]), {"a": 1.0, "c": 2.0}),
+        "weights has the names ['a', 'c'], but the tasks are ['a', 'b']",
+    ),
     "no example norms": (
         lambda s: FIXED.balance(FIXED.init(3, dtype=F64), gn.measure(P, SEAM, B, needs="norms")),
         "stats has no example_norms: take them by measure(..., needs='example_norms')",

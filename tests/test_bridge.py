@@ -327,7 +327,8 @@ def test_mgda_in_a_loop_with_its_own_backward(heads, place):
         torch.testing.assert_close(model.get_parameter(path).grad, total, rtol=1e-8, atol=1e-12)
 
 
-def test_weights_behind_the_heads_and_the_pass_that_is_measured():
+@pytest.mark.parametrize("by_name", [False, True])
+def test_weights_behind_the_heads_and_the_pass_that_is_measured(by_name):
     """Norms of the step's own backward pass, of a z of two leaves; a task that does not read z has none."""
     leaf = torch.randn(4, 3, dtype=F64, requires_grad=True)
     copies = gn.fork({"u": leaf.sin(), "v": leaf.cos()}, {"a": 0, "b": 0, "c": 0})
@@ -336,7 +337,7 @@ def test_weights_behind_the_heads_and_the_pass_that_is_measured():
     losses = terms(copies)
     w = torch.tensor([0.5, -2.0, 3.0], dtype=F64)
     before = gn.measure_losses(losses, copies, needs="gramian")
-    gn.weigh_trunk(copies, w)
+    gn.weigh_trunk(copies, {"c": 3.0, "b": -2.0, "a": 0.5} if by_name else w)
     sum(losses.values()).backward()
     assert free.grad == 2
     plain = terms({task: {"u": leaf.sin(), "v": leaf.cos()} for task in "abc"})

@@ -126,6 +126,8 @@ def mask_vector(mask: Any, weights: Tensor) -> Tensor | None:
     if not isinstance(mask, (Tensor, dict)) and hasattr(mask, "__array__"):  # numpy
         mask = torch.as_tensor(mask)
     vector: Tensor = mask
+    if isinstance(mask, (set, frozenset)):
+        raise ValueError(f"mask={mask!r} has no order: give a truth value for each task, by name or in task order")
     if not isinstance(mask, Tensor):
         names = [entry for entry in tree.flatten(mask)[0] if isinstance(entry, str)]
         if names:

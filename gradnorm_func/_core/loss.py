@@ -167,6 +167,7 @@ def multi_task_loss(
     """
     if backbone is not None and not callable(backbone):
         raise ValueError(f"backbone={backbone!r} must be a function (params, batch) -> h, or None")
+    _refuse_module("backbone", backbone, "params, batch")
     if last_shared is not None and not callable(last_shared):
         raise ValueError(f"last_shared={last_shared!r} must be a function (params, h) -> z; see gn.shared_linear")
     if backbone is None and last_shared is not None:
@@ -182,7 +183,17 @@ def multi_task_loss(
     for name, head in heads.items() if isinstance(heads, Mapping) else enumerate(heads):
         if not callable(head):
             raise ValueError(f"heads[{name!r}]={head!r} must be a function (params, z, batch) -> scalar")
+        _refuse_module(f"heads[{name!r}]", head, "params, z, batch")
     return MultiTaskLoss(backbone, heads, last_shared, has_aux)
+
+
+def _refuse_module(argument: str, part: Any, arguments: str) -> None:
+    """A module has parameters of its own, which are not those of params."""
+    if isinstance(part, torch.nn.Module) and any(True for _ in part.parameters()):
+        raise ValueError(
+            f"{argument}={type(part).__name__} is a module, and must be a function of ({arguments}): write "
+            f"call = gn.functional(module, path), and lambda {arguments}: ... call(params, ...)"
+        )
 
 
 def shared_linear(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._core import tree
+from gradnorm_func._core.tasks import in_task_order, task_vector
 from gradnorm_func._core.tracing import inside_transform
 from gradnorm_func._measure.plan import plain_sum
 
@@ -110,7 +111,7 @@ def _entries(tasks: Any) -> tuple[int, list[Any] | None]:
     return len(entries), entries if hasattr(tasks, "keys") or all(isinstance(x, str) for x in entries) else None
 
 
-def weigh_trunk(copies: Any, weights: Tensor) -> None:
+def weigh_trunk(copies: Any, weights: Tensor | Mapping[str, Any]) -> None:
     r"""Weighs the tasks between heads and trunk, which gets :math:`\sum_i w_i \, \partial L_i / \partial z`.
 
     Call it before the backward pass of :math:`\sum_i L_i`, over the tasks that are present: each head then learns from
@@ -118,10 +119,10 @@ def weigh_trunk(copies: Any, weights: Tensor) -> None:
 
     Args:
         copies: from `fork`, of a forward pass whose backward pass is still to come.
-        weights: (T,) in task order, such as `info.weights`.
+        weights: (T,) in task order, such as `info.weights`; or by the names of the copies.
 
     Raises:
-        ValueError: for another number of weights than of copies.
+        ValueError: for another number of weights than of copies, other names, or losses in place of copies.
 
     Example:
         >>> import torch, gradnorm_func as gn
@@ -133,6 +134,9 @@ def weigh_trunk(copies: Any, weights: Tensor) -> None:
         (tensor([-1.5000, -1.5000]), tensor([1., 1.]))
     """
     tasks = [copies[name] for name in sorted(copies)] if isinstance(copies, Mapping) else list(copies)
+    if any(isinstance(copy, Tensor) and copy.ndim == 0 for copy in tasks):
+        raise ValueError("copies are scalars: give the copies of z that gn.fork has made, not the losses")
+    weights = task_vector(in_task_order(copies, "weights", weights), "weights")
     if weights.shape != (len(tasks),):
         raise ValueError(f"weights has shape {tuple(weights.shape)}, but there are {len(tasks)} copies")
     for copy, weight in zip(tasks, weights.detach().unbind(), strict=True):
