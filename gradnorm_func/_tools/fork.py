@@ -136,7 +136,8 @@ def weigh_trunk(copies: Any, weights: Tensor | Mapping[str, Any]) -> None:
     tasks = [copies[name] for name in sorted(copies)] if isinstance(copies, Mapping) else list(copies)
     if any(isinstance(copy, Tensor) and copy.ndim == 0 for copy in tasks):
         raise ValueError("copies are scalars: give the copies of z that gn.fork has made, not the losses")
-    weights = task_vector(in_task_order(copies, "weights", weights), "weights")
+    named = dict.fromkeys(copies, 0.0) if isinstance(copies, Mapping) else [0.0] * len(tasks)
+    weights = task_vector(in_task_order(named, "weights", weights), "weights")
     if weights.shape != (len(tasks),):
         raise ValueError(f"weights has shape {tuple(weights.shape)}, but there are {len(tasks)} copies")
     for copy, weight in zip(tasks, weights.detach().unbind(), strict=True):
