@@ -12,7 +12,7 @@ from gradnorm_func._core import tree
 from gradnorm_func._core.looking import only_looking
 from gradnorm_func._core.loss import MultiTaskLoss, SharedLinear
 from gradnorm_func._core.numerics import asked
-from gradnorm_func._core.tasks import task_names
+from gradnorm_func._core.tasks import are_scalars, task_names
 from gradnorm_func._core.tracing import free_to_ask
 from gradnorm_func._measure.plan import Plan, split_aux
 from gradnorm_func._measure.tape import leaves_of, nodes
@@ -41,7 +41,7 @@ def reach_of(plan: Plan) -> Reach:
     with only_looking(plan.loss_fn, leaves), torch.enable_grad():
         losses, _ = split_aux(plan.loss_fn(plan.params(leaves), plan.batch), plan.has_aux)
     refuse_aux(losses)
-    tasks, roots = task_names(losses), roots_of(losses)
+    tasks, roots = task_names(losses), _roots(losses)
     reads, others = zip(*(_ends(root, leaves) for root in roots), strict=True)
     dead = [task for task, root in zip(tasks, roots, strict=True) if root is None]
     return Reach(tasks, list(reads), dead, set().union(*others))
@@ -71,7 +71,7 @@ def _ends(root: Any, leaves: list[Tensor]) -> tuple[set[int], set[torch.Size]]:
     return {index[id(end)] for end in ends if id(end) in index}, others
 
 
-def roots_of(losses: Any) -> list[Any]:
+def _roots(losses: Any) -> list[Any]:
     """The node of each loss in the graph; None for a loss without one."""
     if isinstance(losses, Tensor):
         if losses.grad_fn is not None and losses.grad_fn.name().startswith("StackBackward"):
@@ -79,6 +79,14 @@ def roots_of(losses: Any) -> list[Any]:
         return [_node(losses)] * losses.numel()
     terms = tree.flatten(tree.by_key(losses))[0]
     return [_node(term) if isinstance(term, Tensor) else None for term in terms]
+
+
+def cut_off(losses: Any) -> list[int]:
+    """Indices of the losses that are in no graph."""
+    if isinstance(losses, Tensor):
+        return [i for i, root in enumerate(_roots(losses)) if root is None]
+    terms = losses if are_scalars(losses) else tree.flatten(tree.by_key(losses))[0]
+    return [i for i, term in enumerate(terms) if not (isinstance(term, Tensor) and term.requires_grad)]
 
 
 def _node(x: Tensor) -> Any:

@@ -20,7 +20,7 @@ from gradnorm_func._core.tasks import remember_cut_off, remember_names, task_nam
 from gradnorm_func._core.tracing import inside_transform
 from gradnorm_func._measure.norms import PerTask, norms_at_z, norms_by_example, stacked
 from gradnorm_func._measure.plan import NEEDS, Needs, check_word
-from gradnorm_func._measure.reach import roots_of
+from gradnorm_func._measure.reach import cut_off
 from gradnorm_func._measure.sharded import sharded, whole
 from gradnorm_func._measure.tape import dense, nodes
 from gradnorm_func._reduce.stats import TaskStats, gramian_of
@@ -99,8 +99,9 @@ def measure_losses(
         return stats
     if not vector.requires_grad:
         raise ValueError("losses have no graph: were they computed under no_grad, or from a detached z?")
-    names, roots = task_names(losses), roots_of(losses)
-    remember_cut_off(stats.losses, [name for name, root in zip(names, roots, strict=True) if root is None])
+    if without := cut_off(losses):
+        names = task_names(losses)
+        remember_cut_off(stats.losses, [names[i] for i in without])
     if where is not None:
         if weights is not None:
             raise ValueError("weights= is for copies, which keep their gradients; at where=, call before backward()")
@@ -110,7 +111,10 @@ def measure_losses(
                 "path up: where=model.trunk[2].weight, or dict(model.trunk[2].named_parameters())"
             )
         return _at_parameters(stats, tree.by_key(losses), where, _like(vector, scale), needs)
-    tasks = [tree.flatten(copy)[0] for copy in _checked(copies, losses, vector.shape[0])]
+    tasks = [
+        [copy] if isinstance(copy, Tensor) else tree.flatten(copy)[0]
+        for copy in _checked(copies, losses, vector.shape[0])
+    ]
     if weights is None:
         seeds = _like(vector, scale).expand_as(vector)
         grads = _pulled(vector, tasks, seeds)

@@ -94,7 +94,8 @@ def fork(z: Any, tasks: int | Mapping[str, Any] | Iterable[Any]) -> Any:
     if not inside_transform():
         for copy in (copy for row in by_leaf for copy in row if copy.requires_grad):
             copy.retain_grad()
-    copies = [tree.unflatten(treedef, [row[i] for row in by_leaf]) for i in range(count)]
+    single = isinstance(z, Tensor)
+    copies = [by_leaf[0][i] if single else tree.unflatten(treedef, [row[i] for row in by_leaf]) for i in range(count)]
     return copies if names is None else dict(zip(names, copies, strict=True))
 
 
