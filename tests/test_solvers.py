@@ -96,15 +96,21 @@ def test_least_squares(rank, count):
     tables, goals = tables / tables.norm(dim=1, keepdim=True), rand(DRAWS, 2 * count, 1)
     goals = goals / goals.norm(dim=1, keepdim=True)
     found = torch.func.vmap(nnls)(tables.mT @ tables, (tables.mT @ goals)[..., 0])
+    compared = 0
     for w, table, goal in zip(found, tables, goals[..., 0], strict=True):
         assert (w >= 0).all()
-        slopes = table.T @ (table @ w - goal)  # none that would pay, and none at a weight that is not 0
+        # None that would pay, and none at a weight that is not 0: of a convex problem this is the solution.
+        slopes = table.T @ (table @ w - goal)
         assert slopes.min() >= -1e-12
-        assert (w * slopes).abs().max() <= 1e-12
-        # Not by the residual that scipy returns, which is not always that of its solution.
+        assert (w * slopes).abs().max() <= 1e-13 * w.max().clamp(min=10)
+        # Not by the residual that scipy returns, which is not always that of its solution; and of dependent columns it
+        # has some weights of 1e15, whose residual is rounding, on some machines.
         other = torch.from_numpy(scipy.optimize.nnls(table.numpy(), goal.numpy(), maxiter=1000)[0])
-        best = (table @ other - goal).square().sum()
-        assert (table @ w - goal).square().sum() - best <= BAR * best
+        if other.max() < 1e6:
+            best = (table @ other - goal).square().sum()
+            assert (table @ w - goal).square().sum() - best <= BAR * best
+            compared += 1
+    assert compared >= 0.95 * DRAWS
 
 
 @pytest.mark.parametrize("count", COUNTS)
