@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gradnorm_func as gn
-from gradnorm_func._measure import linear
+from gradnorm_func._measure import linear, seam
 
 LASTS = ("within", "function", "linear")
 D = {"dtype": torch.float64}
@@ -56,6 +56,10 @@ def test_shared_linear(
     monkeypatch.setattr(linear, "_norm", lambda *args: rows.append(1) or one(*args))
     assert_near(gn.task_grad_norms(loss_fn, params, (x, y), where=list(wanted)), expected)
     assert bool(rows) == (branch == "direct" or wanted == "b")
+    stats = gn.measure(params, loss_fn, (x, y), weights=weights_of("abc"), where=list(wanted), norms_only=True)
+    assert_near(stats.grad_norms, expected)
+    assert_same_sum([stats.grads[path] for path in wanted], ref.total)
+    monkeypatch.setattr(seam, "SMALL", 0)  # the way of large layers, by two backward passes
     stats = gn.measure(params, loss_fn, (x, y), weights=weights_of("abc"), where=list(wanted), norms_only=True)
     assert_near(stats.grad_norms, expected)
     assert_same_sum([stats.grads[path] for path in wanted], ref.total)

@@ -27,13 +27,15 @@ from gradnorm_func._measure.plan import Measured, Plan, filled, split_aux, weigh
 from gradnorm_func._measure.reach import applied_twice, read_by_a_head, require_reached, require_tensors
 from gradnorm_func._measure.tape import WRITTEN, Grads, Tape, copy_of, gradients, leaves_of, tape
 
+SMALL = 2**20  # entries of T copies of z that may be made to save T starts of autograd
+
 
 def seam(plan: Plan, crossing_of: Callable[[Plan], Crossing] = Weighted) -> Measured:
     """All that `plan` asks for, of a loss with a backbone."""
     loss = plan.loss_fn
     assert isinstance(loss, MultiTaskLoss)
     trunk = _trunk(plan, loss, crossing_of(plan).trunk_loss())
-    if crossing_of is Weighted and _joins(plan, trunk):
+    if crossing_of is Weighted and _joins(plan, loss, trunk):
         return _joined(plan, loss, trunk)
     heads = _heads(plan, loss, trunk, crossing_of(plan))
     losses = heads.tape.outputs[0]  # (T,)
@@ -67,8 +69,8 @@ def _measured(plan: Plan, trunk: Trunk, stats: Any, losses: Tensor, heads_aux: A
     return Measured(stats, losses, aux, decision, trunk.z_treedef)
 
 
-def _joins(plan: Plan, trunk: Trunk) -> bool:
-    """Whether one backward pass gives all: the weights are known before it, and W is z or the layer that makes it."""
+def _joins(plan: Plan, loss: MultiTaskLoss, trunk: Trunk) -> bool:
+    """Whether one backward pass gives all: the weights are known before it, and W is z or a small layer before it."""
     z = trunk.tape.saved
     if plan.weights is None or plan.heads == "own" or not z or not all(leaf.requires_grad for leaf in z):
         return False
@@ -76,7 +78,9 @@ def _joins(plan: Plan, trunk: Trunk) -> bool:
         return True
     if callable(plan.weights) or any(leaf.dtype == torch.float16 for leaf in z):
         return False
-    return plan.where is None or trunk.in_w is not None
+    if plan.where is None:
+        return True
+    return trunk.in_w is not None and 0 < len(loss.functions) * trunk.h_and_y[1].numel() <= SMALL
 
 
 def _joined(plan: Plan, loss: MultiTaskLoss, trunk: Trunk) -> Measured:
@@ -105,14 +109,14 @@ def _joined(plan: Plan, loss: MultiTaskLoss, trunk: Trunk) -> Measured:
 def _joined_copies(plan: Plan, loss: MultiTaskLoss, trunk: Trunk) -> tuple[list[PerTask], list[PerTask], bool]:
     """z as the heads see it, on the trunk's graph; where the tasks' gradients are looked at on their way; and whether
     that is before the activation of a `shared_linear`, where W would have them."""
-    stacked, shared = isinstance(loss.heads, StackedHeads), loss.last_shared
-    if isinstance(shared, SharedLinear) and trunk.in_w is not None and not stacked and plan.needs != "losses":
+    if plan.needs == "losses":
+        return _copies(plan, loss, trunk._replace(z=trunk.tape.saved), Weighted(plan)), [], False
+    if plan.where is not None:
+        assert isinstance(loss.last_shared, SharedLinear)
         y = trunk.h_and_y[1]
         views = [y.view_as(y) for _ in loss.functions]
-        return [[shared.activate(view) for view in views]], [views], True
+        return [[loss.last_shared.activate(view) for view in views]], [views], True
     z = _copies(plan, loss, trunk._replace(z=trunk.tape.saved), Weighted(plan))
-    if plan.needs == "losses":
-        return z, [], False
     z = [copies if isinstance(copies, Tensor) else [x.view_as(x) for x in copies] for copies in z]
     return z, z, False
 
