@@ -11,7 +11,7 @@ from torch import Tensor
 
 def traced() -> bool:
     """Whether a compiler or a torch.func transform is at work, so that autograd's own tape would not be seen."""
-    return torch.compiler.is_compiling() or hasattr(torch._C._functorch.peek_interpreter_stack(), "key")
+    return torch.compiler.is_compiling() or inside_transform()
 
 
 def inside_transform() -> bool:

@@ -134,8 +134,7 @@ def train(
     """
     balancer = gradnorm() if balancer is None else balancer
     _check_arguments(params, loss_fn, batches, balancer, buffers)
-    current, stepper = _start(params, optimizer, optimizer_state)  # always up to date, for the stepper works in place
-    moved = Trained.of(tree.flatten(current)[0]).moved
+    current, moved, stepper = _start(params, optimizer, optimizer_state)  # up to date, for the stepper works in place
     has_aux = buffers is not None
 
     program = (balancer, loss_fn, has_aux)
@@ -150,8 +149,7 @@ def train(
             state = balancer.init(**arguments) if state is None else state
         update = balancer.every == 1 or int(state.step) % balancer.every == 0  # a compiled step cannot ask
         grads, new, info, *aux = run(state, current, batch, None if mask is None else mask(batch), update)
-        # A gradient that is not finite behind W, in the trunk alone, is shown by no loss and no norm.
-        info = info._replace(finite=info.finite & all_finite([tree.flatten(grads)[0][i] for i in moved]))
+        info = _behind_w(info, grads, moved)
         # A step that is not finite must not reach the parameters. Zeroed gradients would still move Adam's moments,
         # so the optimizer is not called at all; this is the loop's one wait for the device.
         if bool(info.finite):
@@ -178,8 +176,13 @@ def _step(program: Any, state: Any, params: Any, batch: Any, mask: Any, update: 
     return balancer.grad(state, params, loss_fn, batch, mask=mask, update=update, has_aux=has_aux)
 
 
-def _start(params: Params, optimizer: Any, optimizer_state: Mapping[str, Any] | None) -> tuple[Params, Any]:
-    """A copy of params, with what is tied and what is frozen in it, and the optimizer of those that move."""
+def _behind_w(info: Any, grads: Any, moved: list[int]) -> Any:
+    """The Info of a step, in which no loss and no norm shows a gradient that is not finite in the trunk alone."""
+    return info._replace(finite=info.finite & all_finite([tree.flatten(grads)[0][i] for i in moved]))
+
+
+def _start(params: Params, optimizer: Any, optimizer_state: Mapping[str, Any] | None) -> tuple[Params, list[int], Any]:
+    """A copy of params, with what is tied and what is frozen in it; the indices of those that move; their optimizer."""
     tree.check_params(params)
     leaves, treedef = tree.flatten(params)
     places = Trained.of(leaves)
@@ -194,7 +197,7 @@ def _start(params: Params, optimizer: Any, optimizer_state: Mapping[str, Any] | 
     _check_stepper(stepper, moved)
     if optimizer_state is not None:
         stepper.load_state_dict(copy.deepcopy(dict(optimizer_state)))  # whose moments it would otherwise write to
-    return tree.unflatten(treedef, [copies[i] for i in places.first]), stepper
+    return tree.unflatten(treedef, [copies[i] for i in places.first]), list(places.moved), stepper
 
 
 def _check_stepper(stepper: Any, moved: list[Tensor]) -> None:
