@@ -11,11 +11,9 @@ from gradnorm_func._balance.algorithm1 import Algorithm1, Form, GradNormInfo, Gr
 from gradnorm_func._balance.balancer import check_every
 from gradnorm_func._balance.guard import Guarded
 from gradnorm_func._balance.protocol import Balancer
-from gradnorm_func._balance.seen import mask_vector
 from gradnorm_func._balance.start import NumTasks, start_vector, start_weights
 from gradnorm_func._balance.weighing import Weighing
 from gradnorm_func._core import optim
-from gradnorm_func._core.tasks import refuse_cut_off
 from gradnorm_func._core.tree import Where
 from gradnorm_func._measure.plan import check_word
 from gradnorm_func._reduce.stats import TaskStats
@@ -209,7 +207,6 @@ def gradnorm_balance(
         (tensor([2., 2.]), tensor([0.7778, 1.2222]))
     """
     method = Guarded(_method(alpha, optimizer, **hyper), {"norm_ratios": hyper.get("norm_ratios")})
-    refuse_cut_off(stats.losses, mask_vector(mask, state.weights))
     return method.balance(state, stats, mask, update)
 
 

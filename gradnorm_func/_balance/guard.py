@@ -12,7 +12,7 @@ from gradnorm_func._balance.seen import Seen, mask_vector, seen_of, without_abse
 from gradnorm_func._balance.start import given_by_name
 from gradnorm_func._core import tree
 from gradnorm_func._core.numerics import choose, column, full_precision
-from gradnorm_func._core.tasks import check_named, remembered_names
+from gradnorm_func._core.tasks import check_named, refuse_cut_off, remembered_names
 from gradnorm_func._core.tracing import free_to_ask, no_graph
 from gradnorm_func._measure.plan import Needs
 from gradnorm_func._reduce.stats import TaskStats, present
@@ -77,6 +77,7 @@ class Guarded(NamedTuple):
         if tasks is not None:
             self.check_names(tasks, state, grad_norms=stats.grad_norms, mask=mask)
         active = mask_vector(mask, state.weights)
+        refuse_cut_off(stats.losses, active)
         with no_graph(), full_precision(state.weights):
             raw = seen_of(state.weights, stats, active)._replace(applied=applied)
             seen = without_absent(raw)

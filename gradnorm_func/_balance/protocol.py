@@ -15,7 +15,6 @@ from gradnorm_func._balance.start import NumTasks
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import LossFn
 from gradnorm_func._core.numerics import all_finite, choose
-from gradnorm_func._core.tasks import refuse_cut_off
 from gradnorm_func._core.tree import Params
 from gradnorm_func._measure.plan import Needs
 
@@ -66,7 +65,7 @@ class Balancer(Generic[S, I]):
             (state, info). If a loss, a norm or a new weight of a present task is not finite, the state is the old one,
             all of it, and `info.finite` is False.
         """
-        _check_stats(state, stats, mask)
+        _check_stats(state, stats)
         return self._passes.balance(state, stats, mask, update)
 
     def weights(self, state: S, stats: Any, *, mask: Any = None) -> Tensor:
@@ -221,15 +220,14 @@ class Balancer(Generic[S, I]):
         return (new, outcome.aux) if has_aux else new
 
 
-def _check_stats(state: Any, stats: Any, mask: Any = None) -> None:
-    """Refuses what is no state, what is no stats, and losses from which nothing can be learned."""
+def _check_stats(state: Any, stats: Any) -> None:
+    """Refuses what is no state, and what is no stats."""
     if hasattr(state, "losses") and hasattr(stats, "weights"):
         raise ValueError(f"state={type(state).__name__}, stats={type(stats).__name__}: the order is (state, stats)")
     if not hasattr(stats, "losses"):
         raise ValueError(f"stats={type(stats).__name__}: give gn.measure_losses(losses, z, needs=balancer.needs)")
     if not hasattr(state, "weights"):
         raise ValueError(f"state={type(state).__name__} has no weights: the order is (state, stats)")
-    refuse_cut_off(stats.losses, mask_vector(mask, state.weights))
 
 
 def _job(state: Any, params: Any, loss_fn: LossFn, batch: Any, has_aux: bool, options: Mapping[str, Any]) -> Job:

@@ -28,7 +28,7 @@ def full_precision(like: Tensor) -> AbstractContextManager[Any]:
 
 
 def accum_dtype(*tensors: Tensor, least: torch.dtype = torch.float32) -> torch.dtype:
-    """The dtype to add up in: the widest of the tensors', but at least float32."""
+    """The dtype to add up in: the widest of the tensors', but at least float32, or `least`."""
     dtypes = {x.dtype for x in tensors}
     return least if dtypes == {least} else reduce(torch.promote_types, dtypes, least)
 
