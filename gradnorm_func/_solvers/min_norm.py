@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gradnorm_func._core.numerics import asked
 from gradnorm_func._solvers.nnls import nnls
 from gradnorm_func._solvers.units import Units, own_units
 
@@ -16,11 +17,12 @@ def min_norm(gramian: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     """
     units = own_units(gramian, active)
     weights = _closed_form(units) if gramian.shape[-1] == 2 else _least_squares(units)
-    none = active & ~units.real
-    weights = torch.where(none.any(), none.to(weights), weights)
-    weights = weights / weights.sum().clamp(min=1e-300) + 0 * units.lengths
+    if not asked(units.real, torch.all):
+        none = active & ~units.real
+        weights = torch.where(none.any(), none.to(weights) / none.sum(), weights)
+    weights = weights + 0 * units.lengths
     slopes = units.lengths * (units.cosines @ (units.lengths * weights))
-    gap = (weights * slopes).sum() - slopes.masked_fill(~active, torch.inf).min()
+    gap = torch.dot(weights, slopes) - slopes.masked_fill(~active, torch.inf).min()
     mean = units.lengths.square().sum() / active.sum()
     return weights.to(gramian.dtype), (gap / mean.clamp(min=1e-300)).to(gramian.dtype)
 
@@ -30,14 +32,16 @@ def _closed_form(units: Units) -> Tensor:
     (a, b), cosine = units.lengths.unbind(), units.cosines[0, 1]
     along = (a - b) ** 2 + 2 * a * b * (1 - cosine)  # ‖g_1 - g_2‖²
     first = torch.where(along > 0, b * (b - a * cosine) / along.clamp(min=1e-300), 0.5).clamp(0, 1)
-    return torch.where(units.real.all(), torch.stack([first, 1 - first]), units.real.to(first))
+    both = torch.stack([first, 1 - first])
+    return both if asked(units.real, torch.all) else torch.where(units.real.all(), both, units.real.to(both))
 
 
 def _least_squares(units: Units) -> Tensor:
-    r"""A multiple of the solution, from non-negative least squares.
+    r"""From non-negative least squares.
 
-    With :math:`v_i = w_i n_i` and :math:`a_i \propto 1 / n_i` it is the minimiser of
+    With :math:`v_i = w_i n_i` and :math:`a_i \propto 1 / n_i` v is a multiple of the minimiser of
     :math:`\tfrac12 v^\top (C + a a^\top) v - a^\top v` over v >= 0.
     """
     inverse = units.inverses / units.inverses.max().clamp(min=1e-300)
-    return nnls(units.cosines + inverse.unsqueeze(-1) * inverse, inverse) * inverse
+    weights = nnls(units.cosines + inverse.unsqueeze(-1) * inverse, inverse) * inverse
+    return weights / weights.sum().clamp(min=1e-300)

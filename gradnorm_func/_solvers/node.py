@@ -42,7 +42,7 @@ def node(empty: Callable[..., Any], outputs: int = 1) -> Callable[[Loop], Loop]:
 
 def _op(loop: Loop, empty: Callable[..., Any], outputs: int) -> Any:
     """The function as torch's own operation; `custom_op` would do the same, at twice the price of a call."""
-    name = loop.__name__.lstrip("_")
+    name = f"{loop.__module__.rpartition('.')[2]}_{loop.__name__.strip('_')}"
     reloaded = _libraries.pop(name, None) is not None  # then the old one is gone by now
     if not reloaded and hasattr(torch.ops.gradnorm_func, name):  # the package was imported anew, beside itself
         return getattr(torch.ops.gradnorm_func, name).default

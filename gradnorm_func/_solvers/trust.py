@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gradnorm_func._core.numerics import asked
 from gradnorm_func._core.tracing import free_to_ask
 from gradnorm_func._solvers.nnls import ROUNDING, ROUNDS, interior, inverse_on
 from gradnorm_func._solvers.node import node
@@ -24,8 +25,7 @@ def near_mean(gramian: Tensor, active: Tensor, radius: Tensor) -> tuple[Tensor, 
     units = own_units(gramian, active)
     even = active.double() / active.sum()
     mean = units.lengths * even
-    square = (mean @ (units.cosines @ mean)).clamp(min=0)
-    length = square.sqrt()
+    length = (mean @ (units.cosines @ mean)).clamp(min=0).sqrt()
     mean = mean / length.clamp(min=TINY)  # from here on ‖g_0‖ is 1
     c = radius.double()
     y = _two(units, mean, c) if gramian.shape[-1] == 2 else _many(mean, c.clamp(min=1e-6), *units)
@@ -36,11 +36,13 @@ def near_mean(gramian: Tensor, active: Tensor, radius: Tensor) -> tuple[Tensor, 
 
 def _judged(units: Units, mean: Tensor, c: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The direction of g_w, in units of length 1, and its Frank-Wolfe gap."""
-    y = y * units.real
-    y = y / (y @ (units.cosines @ y)).clamp(min=TINY).sqrt()
+    all_real = asked(units.real, torch.all)
+    y = y if all_real else y * units.real
+    y = y / torch.dot(y, units.cosines @ y).clamp(min=TINY).sqrt()
     slopes = units.lengths * (units.cosines @ (mean + c * y))
     w = y * units.inverses
-    return y, (w * slopes).sum() / w.sum().clamp(min=TINY) - torch.where(units.real, slopes, slopes.max()).min()
+    least = (slopes if all_real else torch.where(units.real, slopes, slopes.max())).min()
+    return y, torch.dot(w, slopes) / w.sum().clamp(min=TINY) - least
 
 
 def _two(units: Units, mean: Tensor, c: Tensor) -> Tensor:
@@ -53,7 +55,8 @@ def _two(units: Units, mean: Tensor, c: Tensor) -> Tensor:
     apart = a * b * ((1 - cosine) * (1 + cosine)).clamp(min=0).sqrt()  # ‖e‖ times the distance of the line from 0
     x = apart * sine / ((1 - sine) * (1 + sine)).clamp(min=TINY).sqrt()
     first = torch.where(sine.abs() < 1, (x - along) / difference, (sine > 0).to(x)).clamp(0, 1)
-    return torch.where(units.real.all(), units.lengths * torch.stack([first, 1 - first]), units.real.to(x))
+    both = units.lengths * torch.stack([first, 1 - first])
+    return both if asked(units.real, torch.all) else torch.where(units.real.all(), both, units.real.to(x))
 
 
 @node(lambda mean, *_: torch.empty_like(mean))
