@@ -96,6 +96,17 @@ def test_the_trajectory_is_the_same(claim, mode, scales):
     assert_same(plain, run(CLAIMS[claim](), scales, **MODES[mode]), scales)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("claim", [*(claim for claim in CLAIMS if claim.startswith("gradnorm")), "fixed-ratio"])
+def test_by_powers_of_two_it_is_the_same_to_the_bit(claim, mode):
+    """They round nothing, so that a difference that grows in a long run comes from rounding alone."""
+    plain = run(CLAIMS[claim](), [1.0, 1.0, 1.0], **MODES[mode])
+    scaled = run(CLAIMS[claim](), [2.0**20, 1.0, 2.0**-7], **MODES[mode])
+    for name in plain[0]:
+        assert not torch.equal(plain[0][name], start()[0][name])
+        assert torch.equal(scaled[0][name], plain[0][name])
+
+
 @pytest.mark.parametrize("mode", ["eager", "later"])
 def test_compiled_it_is_the_same_in_one_graph(mode):
     balancer = CLAIMS["gradnorm"]()

@@ -40,10 +40,11 @@ class Problem(NamedTuple):
             "x100": [LARGE] + [1.0] * (count - 1),
             "x100last": [1.0] * (count - 1) + [LARGE],
             "x0.01": [1 / LARGE] + [1.0] * (count - 1),
+            "x128": [128.0] + [1.0] * (count - 1),  # which rounds nothing
         }[condition]
 
 
-CONDITIONS = ("normalised", "raw", "x100", "x100last", "x0.01")
+CONDITIONS = ("normalised", "raw", "x100", "x100last", "x0.01", "x128")
 
 
 def regression(name: str) -> Problem:
