@@ -68,7 +68,7 @@ class Seen(NamedTuple):
     def finite(self, *rows: Tensor) -> Tensor:
         """() bool: whether all of these are finite for the tasks that are present."""
         if self.mask is None and free_to_ask(rows[0]):  # a few numbers, which Python looks at sooner than torch does
-            return torch.tensor(all(isfinite(x) for row in rows for x in row.tolist()))
+            return torch.full((), all(isfinite(x) for row in rows for x in row.tolist()))
         table = rows[0] if len(rows) == 1 else torch.stack(rows)
         zero = table - table  # NaN for what is not finite, which does not equal itself
         ok = zero == zero

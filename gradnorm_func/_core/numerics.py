@@ -35,7 +35,7 @@ def accum_dtype(*tensors: Tensor, least: torch.dtype = torch.float32) -> torch.d
 
 def promoted(x: Tensor) -> Tensor:
     """x in the dtype to add up in."""
-    return x.to(accum_dtype(x))
+    return x if x.dtype == torch.float32 else x.to(accum_dtype(x))
 
 
 def asked(x: Tensor, question: Callable[[Tensor], Tensor | bool]) -> bool:

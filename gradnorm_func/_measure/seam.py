@@ -86,7 +86,7 @@ def _joins(plan: Plan, loss: MultiTaskLoss, trunk: Trunk) -> bool:
 def _joined(plan: Plan, loss: MultiTaskLoss, trunk: Trunk) -> Measured:
     """The plain step's backward pass, and the gradients that it has come by."""
     with torch.enable_grad():
-        z, seen, by_layer = _joined_copies(plan, loss, trunk)
+        z, seen = _joined_copies(plan, loss, trunk)
         versions = [leaf._version for leaf in trunk.tape.saved]
         vector, aux = _run_heads(plan, loss, trunk.z_treedef, plan.leaves, z)
     if versions != [leaf._version for leaf in trunk.tape.saved]:
@@ -98,7 +98,10 @@ def _joined(plan: Plan, loss: MultiTaskLoss, trunk: Trunk) -> Measured:
     inputs = [*plan.leaves, *trunk.layer]
     pulled = gradients([vector], [*inputs, *_flat(seen)], [seeds], last=True)
     of_seen = _nested(pulled[len(inputs) :], seen)
-    at_z = AtZ(losses, seeds, [] if by_layer else of_seen, [], [], of_seen[0] if by_layer else None)
+    if plan.where is None:
+        at_z = AtZ(losses, seeds, of_seen, [], [])
+    else:  # of what W's layer gives, before its activation
+        at_z = AtZ(losses, seeds, [], [], [], *of_seen)
     stats = stats_at_w(plan, trunk, at_z, seeds)
     grads = _with_layer(plan, trunk, pulled[: len(inputs)])
     require_reached(plan, any(grad is not None for grad in grads))
@@ -106,19 +109,19 @@ def _joined(plan: Plan, loss: MultiTaskLoss, trunk: Trunk) -> Measured:
     return _measured(plan, trunk, stats, losses, aux, decision)
 
 
-def _joined_copies(plan: Plan, loss: MultiTaskLoss, trunk: Trunk) -> tuple[list[PerTask], list[PerTask], bool]:
-    """z as the heads see it, on the trunk's graph; where the tasks' gradients are looked at on their way; and whether
-    that is before the activation of a `shared_linear`, where W would have them."""
+def _joined_copies(plan: Plan, loss: MultiTaskLoss, trunk: Trunk) -> tuple[list[PerTask], list[PerTask]]:
+    """z as the heads see it, on the trunk's graph; and where the tasks' gradients are looked at on their way, which is
+    before the activation of a `shared_linear`, if that is W."""
     if plan.needs == "losses":
-        return _copies(plan, loss, trunk._replace(z=trunk.tape.saved), Weighted(plan)), [], False
+        return _copies(plan, loss, trunk._replace(z=trunk.tape.saved), Weighted(plan)), []
     if plan.where is not None:
         assert isinstance(loss.last_shared, SharedLinear)
         y = trunk.h_and_y[1]
         views = [y.view_as(y) for _ in loss.functions]
-        return [[loss.last_shared.activate(view) for view in views]], [views], True
+        return [[loss.last_shared.activate(view) for view in views]], [views]
     z = _copies(plan, loss, trunk._replace(z=trunk.tape.saved), Weighted(plan))
     z = [copies if isinstance(copies, Tensor) else [x.view_as(x) for x in copies] for copies in z]
-    return z, z, False
+    return z, z
 
 
 def _trunk(plan: Plan, loss: MultiTaskLoss, trunk_loss: Callable[[Any, Any, Any], Tensor] | None) -> Trunk:
