@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradnorm_func._balance.seen import Seen
 from gradnorm_func._core import optim, tree
-from gradnorm_func._core.numerics import asked
+from gradnorm_func._core.numerics import asked, brought
 from gradnorm_func._core.tasks import per_task
 from gradnorm_func._measure.plan import Needs
 
@@ -108,7 +108,7 @@ class Algorithm1(NamedTuple):
         if self.burn_in is not None:
             unset = unset | (state.step == self.burn_in)
         if isinstance(self.initial_decay, Tensor) or self.initial_decay != 1:
-            decay = torch.as_tensor(self.initial_decay, dtype=losses.dtype, device=losses.device)
+            decay = brought(self.initial_decay, losses)
             initial = torch.where(losses == 0, initial, torch.lerp(losses, initial, decay))
         return torch.where(unset & (losses != 0), losses, initial)
 

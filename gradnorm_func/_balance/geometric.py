@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from gradnorm_func._balance.balancer import Info, State, balancer
 from gradnorm_func._balance.protocol import Balancer
 from gradnorm_func._balance.seen import Seen
+from gradnorm_func._core.numerics import brought
 
 
 def geometric(*, mean: bool = False, every: int = 1) -> Balancer[State, Info]:
@@ -49,4 +49,4 @@ def geometric(*, mean: bool = False, every: int = 1) -> Balancer[State, Info]:
 
 
 def _log(count: int | Tensor, like: Tensor) -> Tensor:
-    return torch.as_tensor(count).to(like).clamp(min=1).log()
+    return brought(count, like).clamp(min=1).log()

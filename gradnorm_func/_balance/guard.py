@@ -11,7 +11,7 @@ from torch import Tensor
 from gradnorm_func._balance.seen import Seen, mask_vector, seen_of, without_absent
 from gradnorm_func._balance.start import given_by_name
 from gradnorm_func._core import tree
-from gradnorm_func._core.numerics import choose, column, full_precision
+from gradnorm_func._core.numerics import brought, choose, column, full_precision
 from gradnorm_func._core.tasks import check_named, refuse_cut_off, remembered_names
 from gradnorm_func._core.tracing import free_to_ask, no_graph
 from gradnorm_func._measure.plan import Needs
@@ -133,7 +133,7 @@ def due(state: Any, every: int, update: bool | Tensor) -> bool | Tensor:
 def accepted(finite: Tensor, active: Tensor | None, update: bool | Tensor) -> Tensor:
     """() bool: whether the state may become another."""
     ok = finite if active is None else finite & active.any()
-    return ok if isinstance(update, bool) else ok & torch.as_tensor(update, device=ok.device)
+    return ok if isinstance(update, bool) else ok & brought(update, ok)
 
 
 def settled(

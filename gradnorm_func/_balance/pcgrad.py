@@ -11,6 +11,7 @@ from gradnorm_func._balance.balancer import Info, State
 from gradnorm_func._balance.certified import certified
 from gradnorm_func._balance.protocol import Balancer
 from gradnorm_func._balance.seen import Seen
+from gradnorm_func._core.numerics import brought
 from gradnorm_func._core.tracing import free_to_ask
 from gradnorm_func._core.tree import Where
 from gradnorm_func._solvers.surgery import project_in_turn
@@ -55,9 +56,9 @@ def pcgrad(
             raise ValueError(f"order={order!r} must name every task from 0 to T - 1 once")
 
     def rule(seen: Seen) -> tuple[Tensor, Tensor]:
-        count, device = seen.losses.shape[0], seen.losses.device
-        turns = torch.arange(count) if order is None else torch.as_tensor(order)
-        turns = turns.to(device, torch.int64)
+        count = seen.losses.shape[0]
+        turns = torch.arange(count, device=seen.losses.device) if order is None else torch.as_tensor(order)
+        turns = brought(turns, seen.losses, torch.int64)
         if turns.shape[0] != count:
             raise ValueError(f"order has {turns.shape[0]} entries, but there are {count} tasks")
         return project_in_turn(seen.gramian, seen.active, turns)

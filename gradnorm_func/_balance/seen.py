@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._core import tree
-from gradnorm_func._core.numerics import promoted
+from gradnorm_func._core.numerics import brought, promoted
 from gradnorm_func._core.tasks import task_vector, wrong_count
 from gradnorm_func._core.tracing import constant, free_to_ask
 from gradnorm_func._reduce.stats import TaskStats, present
@@ -141,4 +141,4 @@ def mask_vector(mask: Any, weights: Tensor) -> Tensor | None:
         vector = task_vector(mask, "mask")
     if vector.shape != weights.shape:
         raise ValueError(f"mask has shape {tuple(vector.shape)}, but there are {weights.shape[0]} tasks")
-    return vector.to(device=weights.device, dtype=torch.bool)
+    return brought(vector, weights, torch.bool)

@@ -11,7 +11,7 @@ import optree
 import torch
 from torch import Tensor
 
-from gradnorm_func._core.tracing import free_to_ask
+from gradnorm_func._core.tracing import free_to_ask, traced
 
 Tree = TypeVar("Tree")
 
@@ -36,6 +36,17 @@ def accum_dtype(*tensors: Tensor, least: torch.dtype = torch.float32) -> torch.d
 def promoted(x: Tensor) -> Tensor:
     """x in the dtype to add up in."""
     return x if x.dtype == torch.float32 else x.to(accum_dtype(x))
+
+
+def brought(x: Tensor | float, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """x on the device of `like`, in its dtype or another. The host does not wait until the device has come to that."""
+    dtype = like.dtype if dtype is None else dtype
+    if not isinstance(x, Tensor):
+        return torch.full((), x, dtype=dtype, device=like.device)
+    if x.device == like.device:
+        return x.to(dtype)
+    # What lies in pinned memory is read later, and the user may have written to it by then.
+    return x.to(like.device, dtype, non_blocking=x.device.type == "cpu" and (traced() or not x.is_pinned()))
 
 
 def asked(x: Tensor, question: Callable[[Tensor], Tensor | bool]) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradnorm_func._core import tree
 from gradnorm_func._core.loss import MultiTaskLoss, StackedHeads
+from gradnorm_func._core.numerics import brought
 from gradnorm_func._core.tracing import free_to_ask
 from gradnorm_func._core.tree import PyTree
 
@@ -114,7 +115,7 @@ def weighted_sum(losses: PyTree, weights: Any) -> Tensor:
 
 def weights_like(vector: Tensor, losses: PyTree, weights: Any) -> Tensor:
     """(T,) the weights of the losses, of which `vector` is the tensor: in task order, of its dtype, without a graph."""
-    w = task_vector(in_task_order(losses, "weights", weights), "weights", vector.dtype).detach().to(vector)
+    w = brought(task_vector(in_task_order(losses, "weights", weights), "weights", vector.dtype).detach(), vector)
     if w.shape != vector.shape:
         raise ValueError(f"weights has {w.shape[0]} entries, but there are {vector.shape[0]} losses")
     return w
@@ -259,7 +260,7 @@ def per_task(entries: Any, name: str, like: Tensor) -> Tensor:
     """(T,) an argument with a number for each task, as `like` is; None is 1 for all of them."""
     if entries is None:
         return torch.ones_like(like)
-    vector = task_vector(entries, name, like.dtype).to(like)
+    vector = brought(task_vector(entries, name, like.dtype), like)
     if vector.shape != like.shape:
         raise ValueError(f"{name} has {vector.shape[0]} entries, but there are {like.shape[0]} tasks")
     return vector

@@ -98,10 +98,7 @@ def _joined(plan: Plan, loss: MultiTaskLoss, trunk: Trunk) -> Measured:
     inputs = [*plan.leaves, *trunk.layer]
     pulled = gradients([vector], [*inputs, *_flat(seen)], [seeds], last=True)
     of_seen = _nested(pulled[len(inputs) :], seen)
-    if plan.where is None:
-        at_z = AtZ(losses, seeds, of_seen, [], [])
-    else:  # of what W's layer gives, before its activation
-        at_z = AtZ(losses, seeds, [], [], [], *of_seen)
+    at_z = AtZ(losses, seeds, of_seen, [], []) if plan.where is None else AtZ(losses, seeds, [], [], [], *of_seen)
     stats = stats_at_w(plan, trunk, at_z, seeds)
     grads = _with_layer(plan, trunk, pulled[: len(inputs)])
     require_reached(plan, any(grad is not None for grad in grads))

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._core import tree
-from gradnorm_func._core.numerics import accum_dtype, diagonal, full_precision, promoted, safe_sqrt, square_norms
+from gradnorm_func._core.numerics import (
+    accum_dtype,
+    brought,
+    diagonal,
+    full_precision,
+    promoted,
+    safe_sqrt,
+    square_norms,
+)
 from gradnorm_func._core.tasks import keep_memory
 
 
@@ -129,7 +137,7 @@ def sums_of(stats: Stats) -> dict[str, Any]:
     fields = {name: getattr(stats, name) for name in stats.powers()}
     measured = [torch.as_tensor(leaf) for leaf in tree.flatten(fields)[0]]
     # Counts as exact as what they multiply: float64 stats stay so.
-    count = torch.as_tensor(stats.num_examples, device=measured[0].device).to(accum_dtype(*measured))
+    count = brought(stats.num_examples, measured[0], accum_dtype(*measured))
     sums = {name: _times(count**power, fields[name]) for name, power in stats.powers().items()}
     return {**sums, "num_examples": count}
 

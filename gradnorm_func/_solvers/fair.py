@@ -49,8 +49,9 @@ def _pair(matrix: Tensor, real: Tensor, a: Tensor, theta: Tensor) -> tuple[Tenso
     difference = theta[1] - theta[0]
     t, b = torch.where(opposed, difference / a, difference), torch.where(opposed, 1 / a, a)
     sign, t, log_k = t.sign(), t.abs(), k.log()
-    signs = theta.new_tensor([1.0, -1.0])
     x = torch.maximum(t / (1 + b), t + b * log_k)
+    one = torch.ones_like(x)
+    signs = torch.stack([one, -one])
     ask = free_to_ask(x)
     for _ in range(PAIR_ITERATIONS):
         both = torch.addcmul(log_k, x, signs)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradnorm_func._core import tree
-from gradnorm_func._core.numerics import diagonal, promoted, row_norms, safe_sqrt
+from gradnorm_func._core.numerics import brought, diagonal, promoted, row_norms, safe_sqrt
 from gradnorm_func._core.tasks import remember_cut_off, remember_names, task_names, task_vector, weights_like
 from gradnorm_func._core.tracing import inside_transform
 from gradnorm_func._measure.norms import PerTask, norms_at_z, norms_by_example, stacked
@@ -110,23 +110,19 @@ def measure_losses(
                 f"where={where!r} must be the parameters themselves here, for there are no params in which to look a "
                 "path up: where=model.trunk[2].weight, or dict(model.trunk[2].named_parameters())"
             )
-        return _at_parameters(stats, tree.by_key(losses), where, _like(vector, scale), needs)
+        return _at_parameters(stats, tree.by_key(losses), where, brought(scale, vector), needs)
     tasks = [
         [copy] if isinstance(copy, Tensor) else tree.flatten(copy)[0]
         for copy in _checked(copies, losses, vector.shape[0])
     ]
     if weights is None:
-        seeds = _like(vector, scale).expand_as(vector)
+        seeds = brought(scale, vector).expand_as(vector)
         grads = _pulled(vector, tasks, seeds)
     else:
         seeds, grads = weights_like(vector, losses, weights), _written(tasks)
-        seeds = seeds if isinstance(scale, float) and scale == 1.0 else seeds * _like(vector, scale)
+        seeds = seeds if isinstance(scale, float) and scale == 1.0 else seeds * brought(scale, vector)
     _require_own_copies(losses, tasks, grads)
     return _at_copies(stats, _by_leaf(tasks, grads), promoted(seeds.detach()), needs)
-
-
-def _like(vector: Tensor, scale: float | Tensor) -> Tensor:
-    return torch.as_tensor(scale, dtype=vector.dtype, device=vector.device)
 
 
 def _pulled(vector: Tensor, tasks: list[list[Tensor]], seeds: Tensor) -> Sequence[Tensor | None]:

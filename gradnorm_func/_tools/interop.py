@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradnorm_func._core import tree
-from gradnorm_func._core.numerics import all_finite
+from gradnorm_func._core.numerics import all_finite, brought
 from gradnorm_func._core.trained import Trained, apart
 from gradnorm_func._core.tree import Tensors
 from gradnorm_func._tools.substitute import unset_buffers
@@ -60,8 +60,8 @@ def write_grads(
     places = Trained.of(leaves)
     new = [grad.detach() for grad in places.sums(grad_leaves)]
     if finite is not None:
-        finite = all_finite(new) & torch.as_tensor(finite, device=new[0].device)
-        new = [torch.where(torch.as_tensor(finite, device=grad.device), grad, 0.0) for grad in new]
+        finite = all_finite(new) & brought(finite, new[0], torch.bool)
+        new = [torch.where(brought(finite, grad, torch.bool), grad, 0.0) for grad in new]
     for leaf in leaves:
         leaf.grad = None
     for i, grad in zip(places.moved, apart(new), strict=True):
@@ -135,7 +135,7 @@ def write_buffers(module: nn.Module, aux: Any, *, finite: Tensor | bool | None =
     with torch.no_grad():
         for name in names:
             value, old = new[name], buffers[name]
-            old.copy_(value if finite is None else torch.where(torch.as_tensor(finite, device=old.device), value, old))
+            old.copy_(value if finite is None else torch.where(brought(finite, old, torch.bool), value, old))
     for name, (holder, key) in unset.items() if finite is None or bool(finite) else ():  # that were None, at first
         holder[key] = new[name].detach().clone()
 
