@@ -299,7 +299,7 @@ def check_near_mean(rows, kind):
 
 
 def check_fair(rows, kind):
-    for alpha in (0.5, 1.0, 2.0):
+    for alpha in (1.0, 2.0):
         weights, error = fair.fair(rows @ rows.T, everyone(rows), torch.ones(len(rows)), scalar(alpha))
         assert (weights > 0).all()
         assert weights.isfinite().all()
