@@ -14,6 +14,8 @@ from torch import Tensor
 from gradnorm_func._core.tracing import free_to_ask, traced
 
 Tree = TypeVar("Tree")
+# Devices whose queue takes a copy of pageable memory along; MPS would read it later (pytorch#189690).
+QUEUES = ("cuda", "meta")
 
 
 def full_precision(like: Tensor) -> AbstractContextManager[Any]:
@@ -45,8 +47,9 @@ def brought(x: Tensor | float, like: Tensor, dtype: torch.dtype | None = None) -
         return torch.full((), x, dtype=dtype, device=like.device)
     if x.device == like.device:
         return x.to(dtype)
+    queued = x.device.type == "cpu" and like.device.type in QUEUES
     # What lies in pinned memory is read later, and the user may have written to it by then.
-    return x.to(like.device, dtype, non_blocking=x.device.type == "cpu" and (traced() or not x.is_pinned()))
+    return x.to(like.device, dtype, non_blocking=queued and (traced() or not x.is_pinned()))
 
 
 def asked(x: Tensor, question: Callable[[Tensor], Tensor | bool]) -> bool:
