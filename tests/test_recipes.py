@@ -41,7 +41,7 @@ FAULTS = [
         "gn.measure_losses(losses, copies, num_examples=n)._replace(num_examples=ranks * n)",
     ),
     pytest.param("ddp", 2, "share = ranks * n / stats.num_examples", "share = 1", marks=slow),
-    pytest.param("ddp", 2, "info.weights,", "state.weights,", marks=slow),
+    pytest.param("ddp", 2, "info.weights)", "state.weights)", marks=slow),
     pytest.param("fsdp2", 2, "scale=share, ", "", marks=slow),
     pytest.param("accelerate_loop", 1, "gn.merge(running, stats)", "stats", marks=slow),
     pytest.param("accelerate_loop", 2, "gn.all_reduce(running) if many else running", "running", marks=slow),
