@@ -1,5 +1,6 @@
 """What a GPU would have to be waited for, seen without one: by tensors on the meta device, which have no values."""
 
+import numpy as np
 import optree
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toys import BALANCERS, make_batch, make_problem
 
 import gradnorm_func as gn
+from gradnorm_func._core.numerics import brought
 
 METHODS = BALANCERS | {
     "gradnorm-all": lambda where: gn.gradnorm(norm_ratios=[1.0, 2.0, 3.0], initial_decay=0.9, burn_in=2, where=where),
@@ -91,6 +93,13 @@ def test_nor_in_a_loop_of_one_s_own(name, mask):
         gn.weighted_sum(losses, info.weights).backward(retain_graph=True)
         gn.weigh_trunk(z, info.weights)
     assert leaf.grad.device.type == "meta"
+
+
+@pytest.mark.parametrize("number", [0.5, np.float32(0.5), np.array(0.5), torch.tensor(0.5)], ids=repr)
+def test_a_number_is_brought_whatever_holds_it(number):
+    with Waits():
+        assert brought(number, torch.ones(2, device="meta")).device.type == "meta"
+    assert brought(number, torch.ones(2, dtype=torch.float64)).item() == 0.5
 
 
 def test_the_watch_sees_what_is_waited_for():

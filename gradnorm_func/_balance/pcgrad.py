@@ -57,8 +57,10 @@ def pcgrad(
 
     def rule(seen: Seen) -> tuple[Tensor, Tensor]:
         count = seen.losses.shape[0]
-        turns = torch.arange(count, device=seen.losses.device) if order is None else torch.as_tensor(order)
-        turns = brought(turns, seen.losses, torch.int64)
+        if order is None:
+            turns = torch.arange(count, device=seen.losses.device)
+        else:
+            turns = brought(torch.as_tensor(order), seen.losses, torch.int64)
         if turns.shape[0] != count:
             raise ValueError(f"order has {turns.shape[0]} entries, but there are {count} tasks")
         return project_in_turn(seen.gramian, seen.active, turns)

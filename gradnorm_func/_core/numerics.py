@@ -44,7 +44,9 @@ def brought(x: Tensor | float, like: Tensor, dtype: torch.dtype | None = None) -
     """x on the device of `like`, in its dtype or another. The host does not wait until the device has come to that."""
     dtype = like.dtype if dtype is None else dtype
     if not isinstance(x, Tensor):
-        return torch.full((), x, dtype=dtype, device=like.device)
+        if not hasattr(x, "__array__"):
+            return torch.full((), x, dtype=dtype, device=like.device)
+        x = torch.as_tensor(x)  # numpy
     if x.device == like.device:
         return x.to(dtype)
     queued = x.device.type == "cpu" and like.device.type in QUEUES

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradnorm_func._core.numerics import asked
 from gradnorm_func._solvers.nnls import nnls
 from gradnorm_func._solvers.units import Units, own_units
 
@@ -17,7 +16,7 @@ def min_norm(gramian: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     """
     units = own_units(gramian, active)
     weights = _closed_form(units) if gramian.shape[-1] == 2 else _least_squares(units)
-    if not asked(units.real, torch.all):
+    if not units.all_real():
         none = active & ~units.real
         weights = torch.where(none.any(), none.to(weights) / none.sum(), weights)
     weights = weights + 0 * units.lengths
@@ -32,8 +31,7 @@ def _closed_form(units: Units) -> Tensor:
     (a, b), cosine = units.lengths.unbind(), units.cosines[0, 1]
     along = (a - b) ** 2 + 2 * a * b * (1 - cosine)  # ‖g_1 - g_2‖²
     first = torch.where(along > 0, b * (b - a * cosine) / along.clamp(min=1e-300), 0.5).clamp(0, 1)
-    both = torch.stack([first, 1 - first])
-    return both if asked(units.real, torch.all) else torch.where(units.real.all(), both, units.real.to(both))
+    return units.of_pair(torch.stack([first, 1 - first]))
 
 
 def _least_squares(units: Units) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradnorm_func._core.numerics import asked
 from gradnorm_func._core.tracing import free_to_ask
 from gradnorm_func._solvers.nnls import ROUNDING, ROUNDS, interior, inverse_on
 from gradnorm_func._solvers.node import node
@@ -36,7 +35,7 @@ def near_mean(gramian: Tensor, active: Tensor, radius: Tensor) -> tuple[Tensor, 
 
 def _judged(units: Units, mean: Tensor, c: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The direction of g_w, in units of length 1, and its Frank-Wolfe gap."""
-    all_real = asked(units.real, torch.all)
+    all_real = units.all_real()
     y = y if all_real else y * units.real
     y = y / torch.dot(y, units.cosines @ y).clamp(min=TINY).sqrt()
     slopes = units.lengths * (units.cosines @ (mean + c * y))
@@ -55,8 +54,7 @@ def _two(units: Units, mean: Tensor, c: Tensor) -> Tensor:
     apart = a * b * ((1 - cosine) * (1 + cosine)).clamp(min=0).sqrt()  # ‖e‖ times the distance of the line from 0
     x = apart * sine / ((1 - sine) * (1 + sine)).clamp(min=TINY).sqrt()
     first = torch.where(sine.abs() < 1, (x - along) / difference, (sine > 0).to(x)).clamp(0, 1)
-    both = units.lengths * torch.stack([first, 1 - first])
-    return both if asked(units.real, torch.all) else torch.where(units.real.all(), both, units.real.to(x))
+    return units.of_pair(units.lengths * torch.stack([first, 1 - first]))
 
 
 @node(lambda mean, *_: torch.empty_like(mean))

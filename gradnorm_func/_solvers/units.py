@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradnorm_func._core.numerics import diagonal
+from gradnorm_func._core.numerics import asked, diagonal
 
 
 class Units(NamedTuple):
@@ -19,6 +19,14 @@ class Units(NamedTuple):
     size: Tensor  # () the longest length; 1 if all are 0
     real: Tensor  # (T,) bool: the tasks that are present and have a gradient
     active: Tensor  # (T,) bool: the tasks that are present
+
+    def all_real(self) -> bool:
+        """Whether all tasks are known to be real: where nobody may ask, they are not."""
+        return asked(self.real, torch.all)
+
+    def of_pair(self, both: Tensor) -> Tensor:
+        """T = 2: `both`, or 1 for the real task, if there is one only."""
+        return both if self.all_real() else torch.where(self.real.all(), both, self.real.to(both))
 
 
 def own_units(gramian: Tensor, active: Tensor, *, lifted: bool = True) -> Units:
